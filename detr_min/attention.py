@@ -1,0 +1,129 @@
+"""Multi-scale deformable attention: each query reads a few points of each feature level.
+
+[Deformable DETR Eq. 2-3], the attention of both papers' decoders. `deformable_attention` is the
+arithmetic, `DeformableAttention` the module that decides where to look. Read `boxes.py` before and
+`position.py` after.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Memory(NamedTuple):
+    """The image as the attention reads it: the cells of all levels in one row."""
+    tokens: torch.Tensor                        # (B, S, D)  level after level, row after row
+    is_pad: torch.Tensor                        # (B, S)     True = padding, holds nothing
+    spatial_shapes: list[tuple[int, int]]       # [(h, w)] of each of the L levels, python ints
+    valid_ratios: torch.Tensor                  # (B, L, 2)  (x, y) share of a level that is image
+
+
+def deformable_attention(value, spatial_shapes, locations, weights):
+    """Sum up what is found at a query's sampling points, each times its weight.
+
+    [Deformable DETR Eq. 3]  out[n, h] = sum_l sum_k  A[n,h,l,k] * value_l,h(location[n,h,l,k])
+
+    Args:
+        value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads
+        spatial_shapes       [(h, w), ...]        L pairs of python ints, sum of h*w = S
+        locations            (B, N, H, L, K, 2)   (x, y) in [0, 1] of each level
+        weights         A    (B, N, H, L, K)      attention weights; the module's sum to 1 over L, K
+    Returns:
+        (B, N, D)  bilinear between the centres of cells, which lie at ((i + .5)/h, (j + .5)/w);
+        zero beyond the map
+    Raises:
+        ValueError: the shapes do not add up, as when sizes come as (w, h) of another image
+    """
+    if sum(h * w for h, w in spatial_shapes) != value.shape[1]:
+        raise ValueError(f"spatial_shapes {spatial_shapes} do not add up to the {value.shape[1]} "
+                         "cells of value: levels missing, or the sizes of another image?")
+    B, N, H, L, K, _ = locations.shape
+    value = value.permute(0, 2, 3, 1).flatten(0, 1)                             # (B*H, D/H, S)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B*H, N, L, K, 2)
+    weights = weights.transpose(1, 2).flatten(0, 1)                             # (B*H, N, L, K)
+    out = 0
+    for level, cells in enumerate(value.split([h * w for h, w in spatial_shapes], dim=-1)):
+        found = F.grid_sample(cells.unflatten(-1, spatial_shapes[level]), grids[:, :, level],
+                              align_corners=False, padding_mode="zeros")        # (B*H, D/H, N, K)
+        out = out + torch.einsum("bdnk,bnk->bdn", found, weights[:, :, level])  # (B*H, D/H, N)
+    return out.unflatten(0, (B, H)).flatten(1, 2).transpose(1, 2)               # (B, N, D)
+
+
+class DeformableAttention(nn.Module):
+    """Decide from each query where to look around its reference, and how much each point counts.
+
+    [Deformable DETR Eq. 2-3]  location = reference + offset(query),  A = softmax(linear(query))
+    """
+
+    def __init__(self, d_model, num_heads, num_levels, num_points):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model} cannot be split over {num_heads} heads")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        points = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(d_model, points * 2)
+        self.attention_weights = nn.Linear(d_model, points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Head h looks in direction 2 pi h/H, its point k at k steps; all points weigh the same."""
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)               # (H,)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)                         # (H, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)      # onto a square's rim
+        steps = torch.arange(1, self.num_points + 1)[:, None]                               # (K, 1)
+        ring = direction[:, None, None] * steps                                       # (H, 1, K, 2)
+        ring = ring.expand(-1, self.num_levels, -1, -1)                               # (H, L, K, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        self.sampling_offsets.bias.data = ring.flatten().clone()
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def look(self, queries, references, memory):
+        """Where each query looks, and how much each point counts.
+
+        Around a point, offsets count cells of the level read: location = (x, y) + offset / (w, h).
+        Around a box, they count halves of it: location = (x, y) + offset / K * (w, h) / 2, so that
+        the initial offsets 1..K spread from the centre to the edge.
+
+        Args:
+            queries     (B, N, D)    content plus position
+            references  (B, N, 2|4)  points (x, y) or boxes cxcywh, in [0, 1] of image size
+            memory                   a Memory; its valid_ratios lead from the image to padded levels
+        Returns:
+            locations (B, N, H, L, K, 2), (x, y) in [0, 1] of each level, may lie outside;
+            weights (B, N, H, L, K), sum to 1 over L and K
+        """
+        H, L, K = self.num_heads, self.num_levels, self.num_points
+        offsets = self.sampling_offsets(queries).unflatten(-1, (H, L, K, 2))
+        weights = self.attention_weights(queries).unflatten(-1, (H, L * K)).softmax(-1)
+        valid = memory.valid_ratios[:, None, None, :, None]                     # (B, 1, 1, L, 1, 2)
+        centre = references[:, :, None, None, None, :2] * valid                 # (B, N, 1, L, 1, 2)
+        if references.shape[-1] == 2:
+            size = references.new_tensor([(w, h) for h, w in memory.spatial_shapes])        # (L, 2)
+            step = 1 / size[:, None]                                                     # (L, 1, 2)
+        else:
+            step = references[:, :, None, None, None, 2:] * valid / (2 * K)     # (B, N, 1, L, 1, 2)
+        return centre + offsets * step, weights.unflatten(-1, (L, K))
+
+    def forward(self, queries, references, memory):
+        """(B, N, D) queries, (B, N, 2|4) references, a Memory -> (B, N, D)
+
+        Raises:
+            ValueError: references that are neither points nor boxes
+        """
+        if references.shape[-1] not in (2, 4):
+            raise ValueError(f"references have {references.shape[-1]} numbers: points 2, boxes 4")
+        value = self.value_proj(memory.tokens).masked_fill(memory.is_pad[..., None], 0)
+        value = value.unflatten(-1, (self.num_heads, -1))                       # (B, S, H, D/H)
+        locations, weights = self.look(queries, references, memory)
+        with torch.autocast(queries.device.type, enabled=False):  # half precision misplaces points
+            value, weights = value.to(locations.dtype), weights.to(locations.dtype)
+            out = deformable_attention(value, memory.spatial_shapes, locations, weights)
+        return self.output_proj(out)

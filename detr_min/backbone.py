@@ -1,0 +1,105 @@
+"""From an image to feature levels, and from feature levels to the width of the transformer.
+
+[Deformable DETR App. A.3]  C3, C4, C5 of the backbone by 1x1 convolutions; each further level by a
+3x3 convolution of stride 2 on C5. `ConvNet` learns from nothing in minutes; `ResNet50` wants
+ImageNet weights. Read `position.py` before and `encoder.py` after.
+"""
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+
+def conv_gn(channels_in, channels_out, stride):
+    """3x3 convolution, GroupNorm, ReLU: GroupNorm needs no large batch, so a batch of 2 learns."""
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+                         nn.GroupNorm(8, channels_out), nn.ReLU(inplace=True))
+
+
+class ConvNet(nn.Module):
+    """Ten 3x3 convolutions with GroupNorm, for training from random weights. Strides 8, 16, 32."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        w = width
+        self.stem = nn.Sequential(conv_gn(3, w, 2), conv_gn(w, w, 1), conv_gn(w, 2 * w, 2),
+                                  conv_gn(2 * w, 2 * w, 1))
+        self.stages = nn.ModuleList([
+            nn.Sequential(conv_gn(2 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1)),
+            nn.Sequential(conv_gn(4 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1)),
+            nn.Sequential(conv_gn(4 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1))])
+        self.channels = [4 * w, 4 * w, 4 * w]
+
+    def forward(self, images):
+        """(B, 3, h, w) -> [(B, C3, h/8, w/8), (B, C4, h/16, w/16), (B, C5, h/32, w/32)]"""
+        x, levels = self.stem(images), []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        return levels
+
+
+class ResNet50(nn.Module):
+    """torchvision's ResNet-50 without its classifier; BatchNorm, stem and stage 1 stay frozen."""
+
+    def __init__(self):
+        super().__init__()
+        net = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        self.body = nn.ModuleDict({name: part for name, part in net.named_children()
+                                   if name not in ("avgpool", "fc")})
+        self.channels = [512, 1024, 2048]
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
+
+    def load_imagenet(self):
+        """Fill in torchvision's ImageNet weights, from torch's cache or by download.
+
+        Raises:
+            OSError: they are neither cached nor to be had, with the ways to go on.
+        """
+        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:         # no network; or a broken file in the cache
+            raise OSError(
+                f"ImageNet weights of ResNet-50 could not be had ({error}). On a machine with a "
+                f"network fetch {weights.url}, put it into {torch.hub.get_dir()}/checkpoints/ and "
+                "run the same command; or start from a trained detector with --init_from FILE; or "
+                "train a small network from random weights with --backbone convnet.") from error
+        self.body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")
+                                   and not k.endswith("num_batches_tracked")})
+
+    def forward(self, images):
+        """(B, 3, h, w) -> [(B, 512, h/8, w/8), (B, 1024, h/16, w/16), (B, 2048, h/32, w/32)]"""
+        body = self.body
+        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        c2 = body.layer1(x)
+        c3 = body.layer2(c2)
+        c4 = body.layer3(c3)
+        return [c3, c4, body.layer4(c4)]
+
+
+class Projections(nn.Module):
+    """Bring every level to D channels, and add coarser ones until there are L."""
+
+    def __init__(self, channels, d_model, num_levels):
+        super().__init__()
+        extra = num_levels - len(channels)
+        sources = list(channels) + [channels[-1]] * min(extra, 1) + [d_model] * (extra - 1)
+        self.num_from_backbone = len(channels)
+        self.levels = nn.ModuleList()
+        for level, source in enumerate(sources):
+            size, stride, padding = (1, 1, 0) if level < len(channels) else (3, 2, 1)
+            conv = nn.Conv2d(source, d_model, size, stride, padding)
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+            self.levels.append(nn.Sequential(conv, nn.GroupNorm(32, d_model)))
+
+    def forward(self, features):
+        """[(B, C, h, w), ...] of the backbone -> [(B, D, h, w), ...], L of them"""
+        levels = [project(x) for project, x in zip(self.levels, features)]
+        x = features[-1]                   # the first extra level reads C5, the next one that level
+        for project in self.levels[self.num_from_backbone:]:
+            x = project(x)
+            levels.append(x)
+        return levels

@@ -1,0 +1,225 @@
+"""COCO folders and synthetic shapes as one kind of data set: pictures in, normalised boxes out.
+
+What must be right before any equation matters: category ids become labels here and nowhere else,
+boxes become [0, 1] cxcywh last, chance is a pure function of seed, epoch and index.
+Stands outside both papers (augmentation: DETR's). Read after `coco_folder.py`; next: `evaluate.py`.
+"""
+import difflib
+import functools
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision import ops, tv_tensors
+from torchvision.transforms import v2
+
+from . import coco_folder, shapes
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB in [0, 1]
+CACHE_BYTES = 2**30        # decoded pictures kept in memory by a data set, all its workers together
+
+
+class Target(NamedTuple):
+    labels: torch.Tensor       # (M,)    int64 in [0, C)
+    boxes: torch.Tensor        # (M, 4)  float32 cxcywh, in [0, 1] of the un-padded network image
+    image_id: int              # as in the json
+    size_px: tuple[int, int]   # (h, w) of the original picture, in the frame of the json's boxes
+
+
+class Detections(torch.utils.data.Dataset):
+    """Images and their objects: `ds[(epoch, index)]` or `ds[index]` -> (image (3, h, w), Target).
+
+    `coco` is the whole json, crowds included, for evaluation; `image_ids` are the chosen images;
+    `categories` the chosen classes by ascending json id: the position there is the label.
+    Flip, size and crop are a pure function of (seed, epoch, index): workers, ranks and resumed runs
+    see the same pictures. `read(json image)` gives a PIL picture; it is kept while there is room.
+    """
+
+    def __init__(self, coco, image_ids, categories, read, transform, seed):
+        self.coco, self.image_ids, self.categories = coco, image_ids, categories
+        self.read, self.transform, self.seed = read, transform, seed
+        self.label_of = {category["id"]: label for label, category in enumerate(categories)}
+        self.cache, self.cached_bytes = {}, 0
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        image = self.coco.imgs[self.image_ids[i]]
+        picture, objects = tv_tensors.Image(self.picture(image)), self.objects(image)
+        with torch.random.fork_rng(devices=[]):          # the global random stream is left alone
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
+            picture, objects = self.transform(picture, objects)
+        objects, (h, w) = keep_visible(objects), picture.shape[-2:]
+        boxes = ops.box_convert(objects["boxes"].as_subclass(torch.Tensor), "xyxy", "cxcywh")
+        return normalise(picture), Target(objects["labels"], boxes / torch.tensor([w, h, w, h]),
+                                          image["id"], (image["height"], image["width"]))
+
+    def picture(self, image):
+        """The decoded picture, uint8 (3, h, w)."""
+        if image["id"] in self.cache:
+            return self.cache[image["id"]]
+        picture = v2.functional.pil_to_tensor(self.read(image))
+        worker = torch.utils.data.get_worker_info()      # each worker process has its own cache
+        limit = CACHE_BYTES // (worker.num_workers if worker else 1)
+        if self.cached_bytes + picture.numel() <= limit:
+            self.cache[image["id"]] = picture
+            self.cached_bytes += picture.numel()
+        return picture
+
+    def objects(self, image):
+        """Labels and boxes of one image, as v2 transforms want them; crowds are no targets."""
+        found = [a for a in self.coco.imgToAnns.get(image["id"], [])
+                 if not a["iscrowd"] and a["category_id"] in self.label_of]
+        labels = torch.tensor([self.label_of[a["category_id"]] for a in found], dtype=torch.int64)
+        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = tv_tensors.BoundingBoxes(ops.box_convert(boxes, "xywh", "xyxy"), format="XYXY",
+                                         canvas_size=(image["height"], image["width"]))
+        return keep_visible({"labels": labels, "boxes": boxes})
+
+
+def open_shapes(split, transform, num_images, size_px=128, seed=0):
+    """Synthetic shapes: the first `num_images` images of a split, each drawn when first read."""
+    if num_images < 1:
+        raise coco_folder.DataError(f"asked for {num_images} images of shapes: one is the least")
+    coco = coco_folder.index_json(shapes.coco_dict(split, num_images, size_px, seed))
+    read = functools.partial(draw_shapes, split, size_px, seed)
+    return Detections(coco, list(coco.imgs), coco.dataset["categories"], read, transform, seed)
+
+
+def draw_shapes(split, size_px, seed, image):
+    return shapes.draw(shapes.scene(seed, split, image["id"] - 1, size_px))
+
+
+def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
+    """A COCO folder: {train,val}2017/ and annotations/instances_{train,val}2017.json, or the same
+    names without 2017.
+
+    Args:
+        num_images   how many, drawn by the seed; 0 is all. Fewer images are a part of more images
+        class_names  none is all. train: only images with one of these classes; val: all images
+    Raises:
+        DataError, FileNotFoundError: one sentence, for all that can be known without decoding.
+    """
+    folder, path = coco_folder.find(pathlib.Path(root), split)
+    coco = coco_folder.index_json(coco_folder.check(coco_folder.read_json(path), path))
+    categories = sorted(coco.dataset["categories"], key=lambda category: category["id"])
+    names = [category["name"] for category in categories]
+    for name in set(class_names) - set(names):
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise coco_folder.DataError(f"{path} has no class {name!r}{hint} It has: "
+                                    + ", ".join(names))
+    categories = [{"id": category["id"], "name": category["name"]} for category in categories
+                  if not class_names or category["name"] in class_names]
+    image_ids = list(coco.imgs)
+    if class_names and split == "train":
+        ids = {category["id"] for category in categories}
+        image_ids = [i for i in image_ids if any(a["category_id"] in ids and not a["iscrowd"]
+                                                 for a in coco.imgToAnns.get(i, []))]
+    if not image_ids or not 0 <= num_images <= len(image_ids):
+        of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
+        raise coco_folder.DataError(f"{path} has {len(image_ids)} images{of}; asked for "
+                                    f"{num_images or 'all'}")
+    if num_images:
+        order = torch.randperm(len(image_ids), generator=generator(seed))
+        image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
+    for i in image_ids:
+        file = folder / coco.imgs[i]["file_name"]
+        if not file.is_file() or not file.stat().st_size:
+            raise FileNotFoundError(f"{file} (image id {i}) is in {path} but missing or empty on "
+                                    "disk: an interrupted download?")
+    read = functools.partial(coco_folder.read_picture, folder)
+    return Detections(coco, image_ids, categories, read, transform, seed)
+
+
+def keep_visible(objects):
+    """Clip boxes to the picture, then drop those left without area. Clipping comes first, as
+    sanitising drops whatever sticks out; the v2 classes would refuse boxes below 1 px."""
+    boxes = v2.functional.clamp_bounding_boxes(objects["boxes"])
+    boxes, kept = v2.functional.sanitize_bounding_boxes(boxes, min_size=1e-3, min_area=1e-6)
+    return {"labels": objects["labels"][kept], "boxes": boxes}
+
+
+def normalise(picture):
+    """uint8 (3, h, w) -> float32 (3, h, w), as ImageNet backbones expect it."""
+    image = v2.functional.to_dtype(picture.as_subclass(torch.Tensor), torch.float32, scale=True)
+    return v2.functional.normalize(image, MEAN, STD)
+
+
+def mixed_seed(*integers):
+    """One 32-bit seed from several integers >= 0; neighbours give unrelated seeds."""
+    return int(np.random.SeedSequence(integers).generate_state(1)[0])
+
+
+def generator(*integers):
+    return torch.Generator().manual_seed(mixed_seed(*integers))
+
+
+# ---- transforms: (picture, objects) -> (picture, objects) ----
+
+def flip_only():
+    return v2.RandomHorizontalFlip(0.5)
+
+
+def resize(size, max_size):
+    """Short side to `size` px, unless the long side would pass `max_size`; nothing random."""
+    return v2.Resize([size] if size < max_size else None, max_size=max_size)
+
+
+def multi_scale_and_crop(size, max_size):
+    """DETR's augmentation for COCO, its pixel numbers (made for size 800) scaled to `size`."""
+    def px(*sides):
+        return [round(side * size / 800) for side in sides]
+    sizes = v2.RandomShortestSize(px(*range(480, 801, 32)), max_size)
+    first = v2.RandomShortestSize(px(400, 500, 600))
+    crop = v2.Compose([first, RandomSizeCrop(*px(384, 600)), sizes])
+    return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([sizes, crop])])
+
+
+class RandomSizeCrop(torch.nn.Module):
+    """A crop anywhere, height and width each drawn from [low, high] px, or what the picture has."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, picture, objects):
+        sides = [int(torch.randint(min(self.low, side), min(self.high, side) + 1, ()))
+                 for side in picture.shape[-2:]]
+        return v2.RandomCrop(sides)(picture, objects)
+
+
+# ---- batches ----
+
+def collate(batch):
+    """Pictures padded with 0 at the right and bottom to the largest.
+    -> images (B, 3, h, w), is_pad (B, h, w) True = padding, list of B Targets"""
+    pictures, targets = zip(*batch)
+    h, w = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    images = torch.zeros(len(batch), 3, h, w)
+    is_pad = torch.ones(len(batch), h, w, dtype=torch.bool)
+    for i, picture in enumerate(pictures):
+        images[i, :, :picture.shape[1], :picture.shape[2]] = picture
+        is_pad[i, :picture.shape[1], :picture.shape[2]] = False
+    return images, is_pad, list(targets)
+
+
+def batches(num_images, batch_size, seed, first_step, last_step, rank=0, world=1):
+    """The (epoch, index) of every image of steps first_step to last_step - 1, for one rank.
+
+    Every epoch is a permutation from (seed, epoch). Step s is the s-th slice of `batch_size` of all
+    epochs in a row, and rank r of `world` takes the r-th share of each slice.
+    """
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(f"a batch of {batch_size} cannot be shared equally by {world} processes")
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return torch.randperm(num_images, generator=generator(seed, epoch)).tolist()
+    share = batch_size // world
+    starts = (step * batch_size + rank * share for step in range(first_step, last_step))
+    return [[(p // num_images, permutation(p // num_images)[p % num_images])
+             for p in range(start, start + share)] for start in starts]

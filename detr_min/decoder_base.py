@@ -1,0 +1,87 @@
+"""The decoder that both papers start from: Deformable DETR's, with boxes refined layer by layer.
+
+[DAC Eq. 1-2]. `decoder_dac.py` and `decoder_decoupled.py` repeat this file and change it: the
+difference is the paper, `diff decoder_base.py decoder_dac.py`. Read `query_gen.py` before.
+"""
+from torch import nn
+
+from . import attention, boxes, encoder, proposals
+
+
+class DecoderLayer(nn.Module):
+    """Queries disperse among themselves, then gather what they need from the image."""
+
+    def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+        self.norm_self = nn.LayerNorm(d_model)
+        self.cross_attn = attention.DeformableAttention(d_model, num_heads, num_levels, num_points)
+        self.norm_cross = nn.LayerNorm(d_model)
+        self.ffn = encoder.feed_forward(d_model, d_ffn)
+        self.norm_ffn = nn.LayerNorm(d_model)
+
+    def disperse(self, queries, query_pos):
+        """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
+
+        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q))
+        """
+        qk = queries + query_pos
+        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+
+    def gather(self, queries, query_pos, ref_boxes, memory):
+        """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
+
+        [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
+
+        A deformable attention has no keys: Que says where to read the values Val(Z). The norms and
+        the residual around the FFN are the release's; the equation leaves them out.
+        """
+        read = self.cross_attn(queries + query_pos, ref_boxes, memory)
+        queries = self.norm_cross(queries + read)
+        return self.norm_ffn(queries + self.ffn(queries))
+
+
+class Decoder(nn.Module):
+    """L layers, each with its own heads; layer by layer a box moves closer."""
+
+    def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for _ in range(num_layers)])
+        self.class_heads = nn.ModuleList([
+            proposals.class_head(d_model, num_classes) for _ in range(num_layers)])
+        self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
+
+    def o_decoder(self, queries, memory):
+        """Queries and a Memory -> [Predictions], one a layer, the last is the answer.
+
+        [Deformable DETR App. A.4]  b_l = sigmoid(delta_l + logit(b_(l-1)))
+
+        A layer looks around the detached b_(l-1), so it learns one correction; its loss also
+        reaches the layer before, through `base` ("look forward twice", [DINO Sec. 3.5]).
+        """
+        x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.disperse(x, pos)                                  # (B, N, D)  [DAC Eq. 1]
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 2]
+            delta = box_head(x)                                         # (B, N, 4)
+            predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions
+
+
+class FixedReferenceDecoder(Decoder):
+    """Deformable DETR without refinement: every layer starts from, and looks around, one point."""
+
+    def o_decoder(self, queries, memory):
+        """Queries and a Memory -> [Predictions], one a layer, the last is the answer."""
+        x, pos, predictions = queries.content[0], queries.pos[0], []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.disperse(x, pos)
+            x = layer.gather(x, pos, queries.ref_boxes, memory)
+            predictions.append(boxes.Predictions(
+                class_head(x), boxes.refine(queries.ref_boxes, box_head(x))))
+        return predictions

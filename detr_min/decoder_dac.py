@@ -1,0 +1,105 @@
+"""DAC-DETR: in training the same layers run twice, with self-attention and without it.
+
+[DAC Eq. 1-3], [DAC Fig. 2]. Cross-attention gathers queries around an object, self-attention
+disperses them; trained in one stack they pull against one another. The O-Decoder is the decoder of
+`decoder_base.py`. The C-Decoder, in training only, is the same weights from the same queries
+without self-attention, and its labels are one-to-many (`matcher.py`): it teaches the
+cross-attention to gather. Read `decoder_base.py` before.
+"""
+import torch
+from torch import nn
+
+from . import attention, boxes, encoder, proposals
+
+
+class DecoderLayer(nn.Module):
+    """Queries disperse among themselves, then gather what they need from the image."""
+
+    def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+        self.norm_self = nn.LayerNorm(d_model)
+        self.cross_attn = attention.DeformableAttention(d_model, num_heads, num_levels, num_points)
+        self.norm_cross = nn.LayerNorm(d_model)
+        self.ffn = encoder.feed_forward(d_model, d_ffn)
+        self.norm_ffn = nn.LayerNorm(d_model)
+
+    def disperse(self, queries, query_pos):
+        """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
+
+        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q))
+        """
+        qk = queries + query_pos
+        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+
+    def gather(self, queries, query_pos, ref_boxes, memory):
+        """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
+
+        [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
+        [DAC Eq. 3]  is the same with Q_C in place of Q~: what differs is what came before.
+        """
+        read = self.cross_attn(queries + query_pos, ref_boxes, memory)
+        queries = self.norm_cross(queries + read)
+        return self.norm_ffn(queries + self.ffn(queries))
+
+
+class DACDecoder(nn.Module):
+    """One stack of weights, two ways through it. The C-Decoder owns no parameter of its own."""
+
+    def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for _ in range(num_layers)])
+        self.class_heads = nn.ModuleList([
+            proposals.class_head(d_model, num_classes) for _ in range(num_layers)])
+        self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
+
+    def o_decoder(self, queries, memory):
+        """[DAC Eq. 1-2]  Queries and a Memory -> [Predictions], one a layer, the last is meant."""
+        x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.disperse(x, pos)                                  # (B, N, D)  [DAC Eq. 1]
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 2]
+            delta = box_head(x)                                         # (B, N, 4)
+            predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions
+
+    def c_decoder(self, queries, memory):
+        """[DAC Eq. 3]  The same, and no query ever sees another: one line is gone.
+
+        DEVIATION from the release, which starts it after the O-Decoder's first self-attention, so
+        that both have the same first layer; here, as the paper draws it, from the queries.
+        """
+        x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 3]
+            delta = box_head(x)                                         # (B, N, 4)
+            predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions
+
+    def both_decoders(self, queries, memory):
+        """o_decoder and c_decoder in one go, the same numbers in less time.
+
+        After self-attention every operation acts on each query alone, so the queries of both pass
+        through `gather` side by side, and the memory is projected once instead of twice.
+        """
+        N = queries.ref_boxes.shape[1]
+        x, pos, ref_boxes = (torch.cat([t, t], dim=1)                   # (B, 2N, D): O, then C
+                             for t in (queries.content[0], queries.pos[0], queries.ref_boxes))
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = torch.cat([layer.disperse(x[:, :N], pos[:, :N]), x[:, N:]], dim=1)
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
+            delta = box_head(x)
+            predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return ([boxes.Predictions(p.logits[:, :N], p.boxes[:, :N]) for p in predictions],
+                [boxes.Predictions(p.logits[:, N:], p.boxes[:, N:]) for p in predictions])

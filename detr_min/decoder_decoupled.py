@@ -1,0 +1,145 @@
+"""SD-DETR's decoder: one self-attention for both tasks, cross-attention for each its own.
+
+[SD Eq. 3], [SD Fig. 2]. Classification and localization want to look at different places. Each
+prediction is a pair of tokens from one anchor: token i for the class of box i, token N + i for the
+box. `SplitDecoder`, which shares nothing, is what the paper compares with [SD Eq. 2, Table 3]. Read
+`decoder_base.py` before.
+
+Eq. 3 and Fig. 2 are printed in the paper, which draws norms and FFN private to a branch.
+Deformable cross-attention, one reference box a pair, and its refinement by the localization branch
+are our port: the paper's own numbers are for single-scale Conditional DETR.
+"""
+import torch
+from torch import nn
+
+from . import attention, boxes, decoder_base, encoder, proposals
+
+
+class Branch(nn.Module):
+    """Cross-attention and FFN of one task."""
+
+    def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.cross_attn = attention.DeformableAttention(d_model, num_heads, num_levels, num_points)
+        self.norm_cross = nn.LayerNorm(d_model)
+        self.ffn = encoder.feed_forward(d_model, d_ffn)
+        self.norm_ffn = nn.LayerNorm(d_model)
+
+    def gather(self, queries, query_pos, ref_boxes, memory):
+        """Each query reads the image on its own, where its task wants. (B, N, D) -> (B, N, D)
+
+        [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
+        """
+        read = self.cross_attn(queries + query_pos, ref_boxes, memory)
+        queries = self.norm_cross(queries + read)
+        return self.norm_ffn(queries + self.ffn(queries))
+
+
+class DecoderLayer(nn.Module):
+    """Both tasks' queries talk in one self-attention, then part."""
+
+    def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+        self.norm_self = nn.LayerNorm(d_model)
+        self.cls = Branch(d_model, num_heads, num_levels, num_points, d_ffn)
+        self.loc = Branch(d_model, num_heads, num_levels, num_points, d_ffn)
+
+    def disperse(self, queries, query_pos):
+        """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
+
+        [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
+        """
+        qk = queries + query_pos
+        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+
+    def gather(self, queries, query_pos, ref_boxes, memory):
+        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)"""
+        (x_cls, x_loc), (pos_cls, pos_loc) = queries.chunk(2, dim=1), query_pos.chunk(2, dim=1)
+        return torch.cat([self.cls.gather(x_cls, pos_cls, ref_boxes, memory),
+                          self.loc.gather(x_loc, pos_loc, ref_boxes, memory)], dim=1)
+
+
+class DecoupledDecoder(nn.Module):
+    """Scores are read off the classification tokens, boxes off the localization tokens."""
+
+    num_sets = 2        # of queries it wants: [classification, localization]
+
+    def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for _ in range(num_layers)])
+        self.class_heads = nn.ModuleList([
+            proposals.class_head(d_model, num_classes) for _ in range(num_layers)])
+        self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
+
+    def o_decoder(self, queries, memory):
+        """[SD Eq. 3]  Queries in two sets and a Memory -> [Predictions], N a layer, never 2N."""
+        x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)     # (B, 2N, D)
+        ref_boxes = queries.ref_boxes                                 # (B, N, 4)  one for each pair
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.disperse(x, pos)                                  # (B, 2N, D)
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
+            x_cls, x_loc = x.chunk(2, dim=1)                            # (B, N, D) each
+            delta = box_head(x_loc)                                     # (B, N, 4)
+            predictions.append(boxes.Predictions(class_head(x_cls), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions
+
+
+class DACDecoupledDecoder(DecoupledDecoder):
+    """Both papers at once, in neither: the decoupled layers run again without self-attention."""
+
+    def c_decoder(self, queries, memory):
+        """[DAC Eq. 3] over [SD Eq. 3]  No token ever sees another, not even its partner. Ours."""
+        x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)     # (B, 2N, D)
+        ref_boxes = queries.ref_boxes
+        base, predictions = ref_boxes, []
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
+            x_cls, x_loc = x.chunk(2, dim=1)
+            delta = box_head(x_loc)
+            predictions.append(boxes.Predictions(class_head(x_cls), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions
+
+    def both_decoders(self, queries, memory):
+        """o_decoder and c_decoder, one after the other."""
+        return self.o_decoder(queries, memory), self.c_decoder(queries, memory)
+
+
+class SplitDecoder(nn.Module):
+    """[SD Eq. 2]  Two decoders that share nothing but reference boxes: one to name, one to place.
+
+    Eq. 2 was not readable to us; this is what Fig. 1 and Table 3 of the paper say of it.
+    """
+
+    num_sets = 2
+
+    def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
+        super().__init__()
+        self.cls_layers, self.loc_layers = (nn.ModuleList([
+            decoder_base.DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for _ in range(num_layers)]) for _ in range(2))
+        self.class_heads = nn.ModuleList([
+            proposals.class_head(d_model, num_classes) for _ in range(num_layers)])
+        self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
+
+    def o_decoder(self, queries, memory):
+        """Queries in two sets and a Memory -> [Predictions], N a layer."""
+        (x_cls, x_loc), (pos_cls, pos_loc) = queries.content, queries.pos                # (B, N, D)
+        ref_boxes = queries.ref_boxes
+        base, predictions = ref_boxes, []
+        for cls_layer, loc_layer, class_head, box_head in zip(
+                self.cls_layers, self.loc_layers, self.class_heads, self.box_heads):
+            x_cls = cls_layer.gather(cls_layer.disperse(x_cls, pos_cls), pos_cls, ref_boxes, memory)
+            x_loc = loc_layer.gather(loc_layer.disperse(x_loc, pos_loc), pos_loc, ref_boxes, memory)
+            delta = box_head(x_loc)
+            predictions.append(boxes.Predictions(class_head(x_cls), boxes.refine(base, delta)))
+            base = boxes.refine(ref_boxes, delta)
+            ref_boxes = base.detach()
+        return predictions

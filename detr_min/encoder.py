@@ -1,0 +1,91 @@
+"""Deformable encoder: every cell of every level reads a few points around itself, on all levels.
+
+[Deformable DETR Sec. 4.1]. Read `backbone.py` before and `proposals.py` after.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import attention, position
+
+
+def feed_forward(d_model, d_ffn):
+    """Linear, ReLU, Linear, on each query alone. (..., D) -> (..., D)"""
+    return nn.Sequential(nn.Linear(d_model, d_ffn), nn.ReLU(), nn.Linear(d_ffn, d_model))
+
+
+def cell_centres(spatial_shapes, valid_ratios):
+    """The centre of every cell, as a share of the image without its padding.
+
+    Args:
+        spatial_shapes  [(h, w), ...]
+        valid_ratios    (B, L, 2)   (x, y)
+    Returns:
+        (B, S, 2)  (x, y); beyond 1 on padding
+    """
+    centres = []
+    for level, (h, w) in enumerate(spatial_shapes):
+        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / h
+        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / w
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)    # (h*w, 2)
+        centres.append(grid / valid_ratios[:, level, None])                           # (B, h*w, 2)
+    return torch.cat(centres, dim=1)
+
+
+def valid_ratio(is_pad):
+    """Share of a level's columns and rows that is image. (B, h, w) -> (B, 2), as (x, y)"""
+    is_image = ~is_pad
+    first_row, first_column = is_image[:, 0].float(), is_image[:, :, 0].float()
+    return torch.stack([first_row.mean(-1), first_column.mean(-1)], dim=-1)
+
+
+class EncoderLayer(nn.Module):
+    """LN(x + attention(x + position)), then LN(x + FFN(x))."""
+
+    def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.attn = attention.DeformableAttention(d_model, num_heads, num_levels, num_points)
+        self.norm_attn = nn.LayerNorm(d_model)
+        self.ffn = feed_forward(d_model, d_ffn)
+        self.norm_ffn = nn.LayerNorm(d_model)
+
+    def forward(self, memory, memory_pos, centres):
+        """A Memory, the position of its cells (B, S, D) and their centres (B, S, 2) -> a Memory"""
+        x = memory.tokens
+        x = self.norm_attn(x + self.attn(x + memory_pos, centres, memory))           # (B, S, D)
+        return memory._replace(tokens=self.norm_ffn(x + self.ffn(x)))
+
+
+class Encoder(nn.Module):
+    """Feature levels in, the decoder's Memory out."""
+
+    def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn):
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(num_levels, d_model))
+        self.layers = nn.ModuleList([
+            EncoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for _ in range(num_layers)])
+
+    def forward(self, features, is_pad):
+        """Feature levels and the image's padding mask -> the Memory both decoders read.
+
+        Args:
+            features  [(B, D, h, w), ...]     L levels, any sizes
+            is_pad    (B, image h, image w)   True = padding
+        Returns:
+            Memory, of S = sum of h*w cells
+        """
+        pads = [F.interpolate(is_pad[:, None].float(), size=x.shape[-2:]).bool()[:, 0]   # (B, h, w)
+                for x in features]
+        memory = attention.Memory(
+            tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1),   # (B, S, D)
+            is_pad=torch.cat([pad.flatten(1) for pad in pads], dim=1),                      # (B, S)
+            spatial_shapes=[tuple(x.shape[-2:]) for x in features],
+            valid_ratios=torch.stack([valid_ratio(pad) for pad in pads], dim=1))         # (B, L, 2)
+        memory_pos = torch.cat([
+            position.of_cells(pad, x.shape[1]).flatten(1, 2) + embed
+            for pad, x, embed in zip(pads, features, self.level_embed)], dim=1)          # (B, S, D)
+        centres = cell_centres(memory.spatial_shapes, memory.valid_ratios)               # (B, S, 2)
+        for layer in self.layers:
+            memory = layer(memory, memory_pos, centres)
+        return memory

@@ -1,0 +1,180 @@
+"""From a model's answer to detections, COCO's AP and [DAC Fig. 3]'s statistic.
+
+AP is pycocotools' own, against the json's own object, in pixels of the original pictures; crowds
+count as COCO counts them. Read after `data.py`; next: `draw.py`.
+"""
+import collections
+import contextlib
+import io
+import itertools
+
+import torch
+import torch.distributed as dist
+from pycocotools.cocoeval import COCOeval
+
+from . import boxes, coco_folder, data, matcher
+
+STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
+TABLE_CLASSES = 20              # the table has no more lines of classes than this
+
+
+@contextlib.contextmanager
+def answering(model):
+    """Eval mode and no gradients inside; after it every module's own mode returns."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def predict(model, images):
+    """The last O-Decoder layer's Predictions for images as in `detect`; float32, on the CPU."""
+    if not all(image.is_floating_point() for image in images):
+        raise ValueError("images hold whole numbers: normalise them first (data.normalise)")
+    images, is_pad, _ = data.collate([(image, None) for image in images])
+    device = next(model.parameters(), images).device
+    with answering(model):
+        logits, pred_boxes = model(images.to(device), is_pad.to(device)).o_decoder[-1]
+    return boxes.Predictions(logits.float().cpu(), pred_boxes.float().cpu())
+
+
+def detect(model, images, sizes_px, top_k=100):
+    """What the model sees in each picture: its k most certain (query, class) pairs, best first.
+
+    score = sigmoid(logit). AP wants many, so there is no threshold; one-to-one training leaves few
+    duplicates, so there is no NMS. Equal logits keep their order. Under autocast if the caller is.
+
+    Args:
+        images    (B, 3, h, w), or a list of (3, h, w), padded here; normalised as ImageNet's
+        sizes_px  [(h, w), ...] of the B original pictures
+        top_k     k = min(top_k, N*C)
+    Returns:
+        a list of B dicts, on the CPU: scores (k,) in [0, 1]; labels (k,) int64 in [0, C);
+        boxes_xyxy (k, 4) in pixels of the original picture, clipped to it
+    Raises:
+        ValueError: not one size an image; images of whole numbers, which were not normalised
+    """
+    if len(images) != len(sizes_px):
+        raise ValueError(f"{len(images)} images but {len(sizes_px)} sizes_px: one (h, w) an image")
+    found = []
+    for logits, pred_boxes, (h, w) in zip(*predict(model, images), sizes_px):
+        best, pair = (t[:top_k] for t in logits.flatten().sort(descending=True, stable=True))
+        query, label = pair // logits.shape[1], pair % logits.shape[1]                  # (k,)
+        edge = torch.tensor([w, h, w, h])
+        boxes_xyxy = torch.minimum((boxes.to_xyxy(pred_boxes)[query] * edge).clamp(min=0), edge)
+        found.append({"scores": best.sigmoid(), "labels": label, "boxes_xyxy": boxes_xyxy})
+    return found
+
+
+def coco_metrics(coco, image_ids, results, categories):
+    """COCO's average precision of some images, and a table of it to print. Higher is better.
+
+    Args:
+        coco        pycocotools' object of the whole json, crowds included
+        image_ids   the images that were looked at; only these count
+        results     dicts of `detect`, each with an image_id
+        categories  [{"id": json id, "name"}, ...], position = label; id None: the json lacks it
+    Returns:
+        {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "per_class": {name: AP}}, in [0, 1] or
+        None where there is no object to find (COCO's -1); and the table, one str
+    """
+    if not image_ids:
+        raise ValueError("no images to evaluate")
+    json_ids = [category["id"] for category in categories]
+    annotations = []
+    for result in results:
+        x1y1, x2y2 = result["boxes_xyxy"].double().split(2, dim=-1)                     # (k, 2)
+        rows = torch.cat([x1y1, x2y2 - x1y1], dim=-1).tolist()
+        annotations += [{"image_id": result["image_id"], "category_id": json_ids[label],
+                         "bbox": xywh, "score": score} for xywh, label, score in
+                        zip(rows, result["labels"].tolist(), result["scores"].tolist())
+                        if json_ids[label] is not None]
+    found = coco_folder.index_json({**coco.dataset, "annotations": annotations})
+    with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools prints as it goes
+        scorer = COCOeval(coco, found, "bbox")
+        scorer.params.imgIds = list(image_ids)
+        scorer.params.catIds = [i for i in json_ids if i is not None]
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    metrics = {name: none_if_empty(scorer.stats[i]) for name, i in STATS.items()}
+    precision = scorer.eval["precision"][:, :, :, 0, -1]       # (10 IoUs, 101 recalls, classes)
+    objects = collections.Counter(a["category_id"] for image_id in set(image_ids)
+                                  for a in coco.imgToAnns.get(image_id, []) if not a["iscrowd"])
+    metrics["per_class"], counts = {}, {}
+    for k, json_id in enumerate(scorer.params.catIds):
+        name = categories[json_ids.index(json_id)]["name"]
+        metrics["per_class"][name] = none_if_empty(precision[:, :, k].mean())
+        counts[name] = objects[json_id]
+    return metrics, table(metrics, counts, len(set(image_ids)))
+
+
+def none_if_empty(value):
+    """A number of COCO's; -1 becomes None, and its 1 / (1 + 2e-16) the 1 that it stands for."""
+    return None if value < 0 else round(float(value), 12)
+
+
+def table(metrics, counts, num_images):
+    """The metrics as text: COCO's numbers, then AP by class, the classes of most objects first."""
+    def text(value):
+        return "     n/a" if value is None else f"{value:8.3f}"
+    shown = sorted(counts, key=lambda name: -counts[name])[:TABLE_CLASSES]
+    width = max(len(name) for name in [*shown, "class"])
+    more = f"   ({len(shown)} of {len(counts)} classes)" if len(counts) > len(shown) else ""
+    return "\n".join([
+        f"{num_images} images, {sum(counts.values())} objects",
+        "".join(f"{name:>8}" for name in STATS), "".join(text(metrics[name]) for name in STATS),
+        f"  {'class':{width}}      AP  objects{more}",
+        *(f"  {c:{width}}{text(metrics['per_class'][c])} {counts[c]:8}" for c in shown)])
+
+
+def evaluate(model, dataset, batch_size, top_k=100, precision="fp32", workers=0, progress=iter):
+    """AP of a model on a data.Detections that leaves nothing to chance.
+
+    Under torchrun each process takes its share, and all get what `coco_metrics` returns. Precision
+    is fp32 or bf16; `workers` processes read pictures; `progress` wraps the loop, as tqdm does.
+    """
+    model = getattr(model, "module", model)     # DDP itself would wait for equal shares
+    device = next(model.parameters(), torch.empty(0)).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, collate_fn=list)
+    results = []
+    for batch in progress(loader):
+        images, targets = zip(*batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            found = detect(model, images, [target.size_px for target in targets], top_k)
+        results += [{"image_id": t.image_id, **f} for t, f in zip(targets, found)]
+    if world == 1:
+        return coco_metrics(dataset.coco, dataset.image_ids, results, dataset.categories)
+    shares, answer = [None] * world, [None]
+    dist.all_gather_object(shares, results)
+    if rank == 0:
+        results = list(itertools.chain(*shares))
+        answer = [coco_metrics(dataset.coco, dataset.image_ids, results, dataset.categories)]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def queries_per_object(model, dataset, thresholds=(0.6, 0.7, 0.8), batch_size=8):
+    """How many queries gather around an object: more with DAC-DETR than without, says [DAC Fig. 3].
+
+    n(t) = mean over objects j of  |{queries i : M[i, j] > t}|       M of [DAC Eq. 4], match_quality
+
+    The figure's axes are known: thresholds .6, .7, .8; "nums", the queries of an affinity above t;
+    epochs. That affinity is M, that it is the last O-Decoder layer's, and a mean over all objects
+    of a data set (crowds left out), is our definition: the paper's text does not settle it.
+    Returns {t: n(t)}, n in [0, N], or None if there is no object.
+    """
+    counts, num_objects = torch.zeros(len(thresholds)), 0
+    for batch in torch.utils.data.DataLoader(dataset, batch_size, collate_fn=list):
+        images, targets = zip(*batch)
+        for logits, pred_boxes, target in zip(*predict(model, images), targets):
+            q = matcher.match_quality(logits.sigmoid(), pred_boxes, target.labels, target.boxes)
+            counts += torch.stack([(q > t).sum() for t in thresholds])                  # q (N, M)
+            num_objects += len(target.labels)
+    return {t: float(n) / num_objects if num_objects else None for t, n in zip(thresholds, counts)}

@@ -1,0 +1,207 @@
+"""Where object queries come from: learned, picked by the encoder, or made for each task.
+
+A query has a content (what is here), a position (where) and a reference box, where it starts to
+look. `TwoStageQueries` is what DAC-DETR uses, `TaskAwareQueries` is SD-DETR's [SD Eq. 4-5]. Read
+`proposals.py` before and `decoder_base.py` after.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision.ops as ops
+from torch import nn
+
+from . import boxes, position, proposals
+
+
+class Queries(NamedTuple):
+    """N queries an image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
+    content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
+    pos: torch.Tensor                           # (T, B, N, D)
+    ref_boxes: torch.Tensor               # (B, N, 4) cxcywh; learned queries have points, (B, N, 2)
+    proposals: boxes.Predictions | None      # the encoder's own detections, one a cell: (B, S, ...)
+
+
+class LearnedQueries(nn.Module):
+    """Content, position and a reference point learned for each query: the same for every image.
+
+    [Deformable DETR Sec. 4.1], without two-stage.
+    """
+
+    def __init__(self, num_queries, d_model):
+        super().__init__()
+        self.pos_and_content = nn.Parameter(torch.randn(num_queries, 2 * d_model))
+        self.reference_points = nn.Linear(d_model, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory):
+        """A Memory -> Queries; the references are points, (B, N, 2)"""
+        B = memory.tokens.shape[0]
+        pos, content = self.pos_and_content.expand(B, -1, -1).chunk(2, dim=-1)           # (B, N, D)
+        points = self.reference_points(pos).sigmoid()                                    # (B, N, 2)
+        return Queries(content[None], pos[None], points, proposals=None)
+
+
+class TwoStageQueries(nn.Module):
+    """Start at the encoder's N best boxes; what to look for is learned ("mixed query selection").
+
+    [DINO Sec. 3.4], as in the DAC-DETR release. With two sets both tasks start from the same query.
+    """
+
+    def __init__(self, num_queries, d_model, num_classes, num_sets):
+        super().__init__()
+        self.num_queries, self.num_sets, self.d_model = num_queries, num_sets, d_model
+        self.mini_detector = proposals.MiniDetector(d_model, num_classes)
+        self.content = nn.Parameter(torch.randn(num_queries, d_model))
+        self.pos_project = nn.Linear(2 * d_model, 2 * d_model)
+        self.pos_norm = nn.LayerNorm(2 * d_model)
+
+    def embed(self, ref_boxes):
+        """What a box says of its query's position and content. (B, N, 4) -> (B, N, D), (B, N, D)"""
+        sines = position.of_boxes(ref_boxes, self.d_model)                              # (B, N, 2D)
+        return self.pos_norm(self.pos_project(sines)).chunk(2, dim=-1)
+
+    def forward(self, memory):
+        """A Memory -> Queries, of min(N, S) queries"""
+        found = self.mini_detector(memory)
+        ref_boxes = self.mini_detector.best(found, self.num_queries)                  # (B, N, 4)
+        B, N, _ = ref_boxes.shape
+        pos, _ = self.embed(ref_boxes)            # the half for content is left unused, as released
+        content = self.content[:N].expand(self.num_sets, B, -1, -1)
+        return Queries(content, pos.expand(self.num_sets, -1, -1, -1), ref_boxes, found)
+
+
+class UnmixedTwoStageQueries(TwoStageQueries):
+    """Both halves of a query come from its box, none is learned [Deformable DETR App. A.4]."""
+
+    def __init__(self, num_queries, d_model, num_classes, num_sets):
+        super().__init__(num_queries, d_model, num_classes, num_sets)
+        self.content = None
+
+    def forward(self, memory):
+        """A Memory -> Queries, of min(N, S) queries"""
+        found = self.mini_detector(memory)
+        ref_boxes = self.mini_detector.best(found, self.num_queries)
+        pos, content = self.embed(ref_boxes)
+        sets = (self.num_sets, -1, -1, -1)
+        return Queries(content.expand(sets), pos.expand(sets), ref_boxes, found)
+
+
+def level_of(ref_boxes, memory):
+    """The feature level from which a box's features are taken: coarser for larger boxes.
+
+    [Feature Pyramid Networks Eq. 1]  level = floor(log2(sqrt(w * h) / 14)), within 0 .. L-1,
+    w and h in cells of level 0. (14 cells of stride 8 are the 112 pixels up to which FPN reads the
+    level below.)
+
+    Args:
+        ref_boxes (B, N, 4); memory a Memory
+    Returns:
+        (B, N) int64
+    """
+    h, w = memory.spatial_shapes[0]
+    size = memory.valid_ratios[:, None, 0] * ref_boxes.new_tensor([w, h])                # (B, 1, 2)
+    cells = ref_boxes[..., 2:] * size                                                    # (B, N, 2)
+    level = (cells.prod(-1).sqrt() / 14).clamp(min=1e-6).log2().floor()
+    return level.clamp(0, len(memory.spatial_shapes) - 1).long()
+
+
+def region_features(memory, ref_boxes, size=7):
+    """What lies inside each box, on a grid of 7 x 7.
+
+    [SD Eq. 4]  F_R = RoIAlign(F, R_box)
+
+    Args:
+        memory     a Memory
+        ref_boxes  (B, N, 4)  cxcywh, in [0, 1] of image size
+    Returns:
+        (B*N, D, 7, 7)
+    Differs: Eq. 4 was not readable to us; Fig. 3 and SAM-DETR, whose search this is, give it. The
+        paper has one feature level; here a box reads the one that FPN would choose.
+    """
+    B, N, _ = ref_boxes.shape
+    D, level = memory.tokens.shape[-1], level_of(ref_boxes, memory).flatten()               # (B*N,)
+    image = torch.arange(B, device=level.device).repeat_interleave(N)                       # (B*N,)
+    features = memory.tokens.new_zeros(B * N, D, size, size)
+    levels = memory.tokens.split([h * w for h, w in memory.spatial_shapes], dim=1)
+    for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
+        here = (level == index).nonzero()[:, 0]
+        scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
+        in_cells = (boxes.to_xyxy(ref_boxes) * scale[:, None]).flatten(0, 1)[here]          # (P, 4)
+        rois = torch.cat([image[here, None].to(in_cells.dtype), in_cells], dim=1)           # (P, 5)
+        maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
+        features = features.index_copy(0, here, ops.roi_align(maps, rois, size, aligned=True))
+    return features
+
+
+class PointPredictor(nn.Module):
+    """M points of interest inside a box, from what the box holds. One for each task."""
+
+    def __init__(self, d_model, num_points=8, size=7):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(d_model, d_model // 4, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(d_model // 4 * size * size, d_model), nn.ReLU(),
+            nn.Linear(d_model, 2 * d_model), nn.ReLU(),
+            nn.Linear(2 * d_model, 2 * d_model), nn.ReLU(),
+            nn.Linear(2 * d_model, 2 * num_points))
+        angle = torch.arange(num_points) * (2 * math.pi / num_points)
+        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / 2                          # (M, 2)
+        nn.init.zeros_(self.net[-1].weight)                 # start on a ring: points that start
+        self.net[-1].bias.data = ring.atanh().flatten()     # equal get equal gradients for ever
+
+    def forward(self, features):
+        """[SD Eq. 5]  R_SP = MLP(ConvNet(F_R)), kept inside the box by tanh
+
+        Args:
+            features  F_R  (P, D, 7, 7)
+        Returns:
+            (P, M, 2)  (x, y) in (-1, 1): (-1, -1) is the box's top left corner, (0, 0) its centre
+        Differs: the equation is printed, the layers are SAM-DETR's, scaled with D.
+        """
+        return self.net(features).unflatten(-1, (-1, 2)).tanh()
+
+
+def points_to_query(features, points, ref_boxes):
+    """The mean of what a box holds at its points, and the mean of where they are.
+
+    [SD Sec. 3.3]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
+
+    Args:
+        features   F_R   (P, D, 7, 7)
+        points     R_SP  (P, M, 2)  (x, y) in [-1, 1] of the box
+        ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
+    Returns:
+        content (P, D), position (P, D)
+    Differs: bilinear reading and the mean are reported of the paper; reading F_R rather than the
+        full map, and the mean of embeddings rather than the embedding of a mean, are our choice.
+    """
+    found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
+    on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, M, 2)
+    return found[..., 0].mean(-1), position.of_points(on_image, features.shape[1]).mean(1)  # (P, D)
+
+
+class TaskAwareQueries(nn.Module):
+    """SD-DETR's queries: for each task, from the points of an anchor that matter to it.
+
+    [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient; features and points
+    keep theirs, so the decoder's losses teach the points where to go.
+    """
+
+    def __init__(self, num_queries, d_model, num_classes, num_sets):
+        super().__init__()
+        self.num_queries = num_queries
+        self.mini_detector = proposals.MiniDetector(d_model, num_classes)
+        self.predictors = nn.ModuleList([PointPredictor(d_model) for _ in range(num_sets)])
+
+    def forward(self, memory):
+        """A Memory -> Queries, of min(N, S) queries in T sets"""
+        found = self.mini_detector(memory)
+        ref_boxes = self.mini_detector.best(found, self.num_queries)                     # (B, N, 4)
+        features = region_features(memory, ref_boxes)                               # (B*N, D, 7, 7)
+        sets = [points_to_query(features, predict(features), ref_boxes.flatten(0, 1))
+                for predict in self.predictors]
+        content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))
+        return Queries(content, pos, ref_boxes, found)

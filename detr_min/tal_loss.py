@@ -1,0 +1,44 @@
+"""Task alignment learning: a class score should say how good the box is.
+
+[SD Eq. 6-7]. SD-DETR's classification loss, usable with every decoder here (`--loss tal`). It sends
+no gradient to boxes. Pure functions. Read `matcher.py` before.
+"""
+import torch.nn.functional as F
+
+
+def aligned_target(scores, ious, alpha=0.25, beta=0.75):
+    """What the score of a matched query should be, given how well its box fits.
+
+    [SD Eq. 6]  t = s^alpha * u^beta
+
+    With alpha + beta = 1, as here, t = s exactly where s = u: the score is drawn to the IoU, and
+    s^alpha only makes the climb gradual.
+
+    Args:
+        scores  s  (P,)  probability of the object's class, in [0, 1]
+        ious    u  (P,)  IoU of the same layer's box with the object, in [0, 1]
+    Returns:
+        t  (P,), in [0, 1], without gradient
+    """
+    return scores.detach() ** alpha * ious.detach() ** beta
+
+
+def tal_loss(logits, targets, gamma=2.0):
+    """Cross-entropy to a soft target, weighted by how far the score is from it. Lower is better.
+
+    [SD Eq. 7]  L = sum_pos |t - s|^gamma BCE(s, t) + sum_neg s^gamma BCE(s, 0),    s = sigmoid(z)
+
+    One expression covers both sums: a negative is an entry with t = 0, and |0 - s| = s.
+
+    Args:
+        logits   z  (N, C)  before the sigmoid
+        targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
+    Returns:
+        scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
+    Differs: no; but what the equation leaves open is ours: the factor |t - s|^gamma is not detached
+        (as in focal loss), the caller clamps t at .01 and divides by the number of objects.
+    """
+    targets = targets.detach()
+    weight = (targets - logits.sigmoid()).abs() ** gamma                            # (N, C)
+    return (weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
+

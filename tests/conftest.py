@@ -1,0 +1,25 @@
+"""What all tests share: one thread, the mark of long tests, and the folder of sample data sets."""
+import os
+import pathlib
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)        # small tensors: threads cost more than they give
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture
+def coco_sample():
+    """The folder with bccd/, coco_cc/, tiny_fixture/, coco_edge_cases_synthetic/; skips without it."""
+    if not os.environ.get("COCO_SAMPLE"):
+        pytest.skip("set COCO_SAMPLE to a folder with sample data sets")
+    return pathlib.Path(os.environ["COCO_SAMPLE"])

@@ -1,0 +1,126 @@
+"""From image to feature levels: strides, sizes, torchvision's ResNet-50, and the extra levels."""
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.testing import assert_close
+from torchvision.models import _api
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from detr_min import backbone
+
+EXACT = dict(atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (1, 1)])
+def test_levels_have_strides_8_16_32(h, w):
+    """Sizes are rounded up, so even an image smaller than a stride keeps a cell on every level."""
+    net = backbone.ConvNet(width=8)
+    levels = net(torch.randn(2, 3, h, w))
+    assert [tuple(x.shape) for x in levels] == [
+        (2, channels, -(-h // stride), -(-w // stride))
+        for channels, stride in zip(net.channels, (8, 16, 32))]
+    assert all(x.isfinite().all() for x in levels)
+
+
+def test_convnet_is_ten_convolutions():
+    convs = [m for m in backbone.ConvNet(width=8).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 10 and {conv.kernel_size for conv in convs} == {(3, 3)}
+
+
+def test_convnet_needs_no_large_batch():
+    """GroupNorm: an image's features in training do not depend on who else is in the batch."""
+    net, images = backbone.ConvNet(width=8).train(), torch.randn(3, 3, 64, 96)
+    for together, alone in zip(net(images), net(images[1:2])):
+        assert_close(together[1:2], alone, atol=1e-5, rtol=0)   # float32, sums in another order
+
+
+def test_conv_gn_by_definition():
+    block, x = backbone.conv_gn(3, 16, stride=2).double(), torch.randn(2, 3, 7, 9).double()
+    torch.nn.init.normal_(block[1].weight)
+    conv = F.conv2d(x, block[0].weight, stride=2, padding=1)                # (2, 16, 4, 5)
+    expected = torch.zeros_like(conv)
+    for image in range(2):
+        for c in range(0, 16, 2):                       # 8 groups of 2 channels, one mean for each
+            group = conv[image, c:c + 2]
+            group = (group - group.mean()) / (group.var(unbiased=False) + 1e-5).sqrt()
+            expected[image, c:c + 2] = group * block[1].weight[c:c + 2, None, None]
+    assert_close(block(x), expected.relu(), **EXACT)
+
+
+@pytest.fixture(scope="module")
+def torchvision_resnet():
+    """torchvision's own, with normalisation statistics that an error would show in."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50(weights=None).eval()
+    for name, buffer in net.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+    return net
+
+
+def test_resnet_is_torchvisions(torchvision_resnet, monkeypatch):
+    """Its ImageNet weights load, and C3, C4, C5 are what torchvision's own network computes."""
+    monkeypatch.setattr(_api.WeightsEnum, "get_state_dict",
+                        lambda self, **kwargs: torchvision_resnet.state_dict())
+    ours = backbone.ResNet50()
+    ours.load_imagenet()
+    theirs = create_feature_extractor(torchvision_resnet, ["layer2", "layer3", "layer4"])
+    images = torch.randn(1, 3, 40, 70)
+    with torch.no_grad():
+        levels, expected = ours.train()(images), theirs(images).values()    # all norms are frozen
+        tiny = ours(torch.randn(1, 3, 8, 5))
+    assert [x.shape[1] for x in levels] == ours.channels == [512, 1024, 2048]
+    assert [tuple(x.shape[2:]) for x in levels] == [(5, 9), (3, 5), (2, 3)]
+    for level, reference in zip(levels, expected):
+        assert_close(level, reference, atol=1e-5, rtol=1e-4)        # float32 through 50 layers
+    assert [tuple(x.shape[2:]) for x in tiny] == [(1, 1)] * 3
+    trained = {name.split(".")[0] for name, p in ours.body.named_parameters() if p.requires_grad}
+    frozen = {name.split(".")[0] for name, p in ours.body.named_parameters() if not p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"} and frozen == {"conv1", "layer1"}
+    assert not any("bn" in name for name, _ in ours.named_parameters())
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("invalid hash value")])
+def test_without_imagenet_weights_it_says_what_to_do(monkeypatch, error):
+    def fail(self, **kwargs):
+        raise error
+
+    monkeypatch.setattr(_api.WeightsEnum, "get_state_dict", fail)
+    sentence = f"could not be had ({error}). On a machine with a network fetch https://"
+    with pytest.raises(OSError, match=re.escape(sentence)) as caught:
+        backbone.ResNet50.load_imagenet(None)
+    assert "--init_from FILE" in str(caught.value) and "--backbone convnet" in str(caught.value)
+
+
+def test_projections_by_definition():
+    """[Deformable DETR App. A.3] 1x1 on C3 to C5; 3x3 stride 2 on C5; then on the level before."""
+    torch.manual_seed(0)
+    project = backbone.Projections([4, 6, 10], d_model=64, num_levels=5).double()
+    for parameter in project.parameters():
+        torch.nn.init.normal_(parameter)
+    features = [torch.randn(2, 4, 12, 20).double(), torch.randn(2, 6, 6, 10).double(),
+                torch.randn(2, 10, 3, 5).double()]
+
+    def level(number, x, **how):
+        conv, norm = project.levels[number]
+        x = F.conv2d(x, conv.weight, conv.bias, **how)
+        return F.group_norm(x, 32, norm.weight, norm.bias)
+
+    expected = [level(number, features[number]) for number in range(3)]
+    expected.append(level(3, features[2], stride=2, padding=1))             # C5, not its projection
+    expected.append(level(4, expected[3], stride=2, padding=1))
+    found = project(features)
+    assert [tuple(x.shape) for x in found] == [(2, 64, 12, 20), (2, 64, 6, 10), (2, 64, 3, 5),
+                                               (2, 64, 2, 3), (2, 64, 1, 2)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, **EXACT)
+
+
+def test_projections_without_extra_levels():
+    project = backbone.Projections([4, 6, 10], d_model=32, num_levels=3)
+    features = [torch.randn(1, 4, 4, 4), torch.randn(1, 6, 2, 2), torch.randn(1, 10, 1, 2)]
+    assert [tuple(x.shape[1:]) for x in project(features)] == [(32, 4, 4), (32, 2, 2), (32, 1, 2)]
+    assert all(block[0].kernel_size == (1, 1) for block in project.levels)

@@ -1,0 +1,65 @@
+"""Flags, presets and their stored form."""
+import dataclasses
+
+import pytest
+
+from detr_min import config
+
+
+def test_a_preset_takes_changes_of_flags_and_of_the_recipe():
+    cfg = config.preset("shapes", model="decoupled", num_queries=7)
+    assert (cfg.model, cfg.recipe.num_queries, cfg.preset) == ("decoupled", 7, "shapes")
+    assert config.preset("shapes").recipe.num_queries != 7          # presets are not changed by it
+
+
+def test_unknown_names_are_refused_by_name():
+    with pytest.raises(ValueError, match="tiny is unknown; there are shapes, coco, paper_r50"):
+        config.preset("tiny")
+    with pytest.raises(ValueError, match="no such field: num_qeries"):
+        config.preset("shapes", num_qeries=3)
+
+
+def test_paper_r50_is_the_recipe_of_the_release():
+    """Table of the release's settings: 900 queries, FFN 2048, 6 + 6 layers, lr 2e-4, clip .1, 12 epochs."""
+    cfg, r = config.preset("paper_r50"), config.preset("paper_r50").recipe
+    assert (r.num_queries, r.d_ffn, r.encoder_layers, r.decoder_layers) == (900, 2048, 6, 6)
+    assert (cfg.lr, cfg.batch, cfg.epochs, cfg.size, r.max_size) == (2e-4, 16, 12, 800, 1333)
+    assert (r.clip, r.weight_decay, r.slow_lr, r.decay) == (0.1, 1e-4, 0.1, "step")
+
+
+def test_a_config_survives_being_stored():
+    cfg = config.preset("coco", classes="person,dog", num_classes=2)
+    assert config.from_dict(dataclasses.asdict(cfg)) == cfg
+
+
+def test_the_command_line_has_one_flag_a_field():
+    cfg, given = config.parse("doc", ["--model", "deformable", "--lr", "2e-4", "--images", "50"])
+    assert (cfg.model, cfg.lr, cfg.images, cfg.preset) == ("deformable", 2e-4, 50, "shapes")
+    assert given == {"model", "lr", "images"}
+    assert cfg.batch == config.preset("shapes").batch               # the rest is the preset's
+
+
+def test_coco_alone_chooses_the_coco_preset():
+    assert config.parse("doc", ["--coco", "x"])[0].preset == "coco"
+    assert config.parse("doc", ["--coco", "x", "--preset", "paper_r50"])[0].preset == "paper_r50"
+
+
+def test_steps_win_over_the_epochs_of_a_preset():
+    assert config.parse("doc", ["--preset", "paper_r50", "--steps", "5"])[0].epochs == 0
+
+
+@pytest.mark.parametrize("words", [["--batchsize", "8"], ["--mod", "dac"], ["--lr", "fast"],
+                                   ["--batch", "0"], ["--images", "-3"], ["--lr", "-1"],
+                                   ["--loss", "tall"], ["--precision", "fp8"], ["--model", "dca"]])
+def test_unknown_flags_abbreviations_and_nonsense_values_stop_the_program(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("doc", words)
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_help_prints_every_field_with_its_comment(capsys):
+    with pytest.raises(SystemExit):
+        config.parse("doc", ["--help"])
+    text = capsys.readouterr().out
+    assert "how class scores are trained" in text
+    assert all(f.name in text for f in dataclasses.fields(config.Config))

@@ -1,0 +1,240 @@
+"""The decoder both papers start from: [DAC Eq. 1-2], and boxes moved layer by layer."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from detr_min import attention, boxes, decoder_base, encoder, proposals, query_gen
+
+EXACT = dict(atol=1e-12, rtol=0)
+SHAPES = [(4, 6), (2, 3)]
+B, N, D, C = 2, 5, 8, 3
+
+
+def randomise(module, seed=0):
+    """Random in every parameter: zeros and ones hide mistakes."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.double()
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def share(is_pad):
+    """Of a row or a column of cells, the share that is image."""
+    return (~is_pad).double().mean(-1)
+
+
+def a_memory(shapes=SHAPES):
+    """Two images; the second is padded at the right and at the bottom."""
+    pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
+    for pad, (h, w) in zip(pads, shapes):
+        pad[1, h // 2:], pad[1, :, w * 2 // 3:] = True, True
+    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
+    tokens = random(B, sum(h * w for h, w in shapes), D)
+    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
+    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+
+
+def some_queries(size=4):
+    """One set of random queries with boxes, or points, as references."""
+    return query_gen.Queries(random(1, B, N, D, seed=1), random(1, B, N, D, seed=2),
+                             random(B, N, size, seed=3).sigmoid(), None)
+
+
+def a_decoder(cls=decoder_base.Decoder, num_layers=3):
+    return randomise(cls(num_layers, D, 2, 2, 3, 16, C))
+
+
+def a_layer():
+    return randomise(decoder_base.DecoderLayer(D, 2, 2, 3, 16))
+
+
+def test_disperse_by_definition():
+    """[DAC Eq. 1] softmax attention over all queries, in loops; positions in Que and Key only."""
+    layer = a_layer().requires_grad_(False)
+    queries, pos = some_queries().content[0], some_queries().pos[0]
+    wq, wk, wv = layer.self_attn.in_proj_weight.chunk(3)
+    bq, bk, bv = layer.self_attn.in_proj_bias.chunk(3)
+    out = torch.zeros_like(queries)
+    for b in range(B):
+        for n in range(N):
+            heads = []
+            for head in (slice(0, 4), slice(4, 8)):
+                query = (wq @ (queries[b, n] + pos[b, n]) + bq)[head]
+                keys = [(wk @ (queries[b, m] + pos[b, m]) + bk)[head] for m in range(N)]
+                values = [(wv @ queries[b, m] + bv)[head] for m in range(N)]
+                scores = [math.exp(query @ key / math.sqrt(4)) for key in keys]
+                heads.append(sum(s / sum(scores) * v for s, v in zip(scores, values)))
+            out[b, n] = queries[b, n] + layer.self_attn.out_proj(torch.cat(heads))
+    expected = F.layer_norm(out, (D,), layer.norm_self.weight, layer.norm_self.bias)
+    assert_close(layer.disperse(queries, pos), expected, **EXACT)
+
+
+def test_gather_by_definition():
+    """[DAC Eq. 2] LN(Q + cross-attention), then LN(Q + FFN(Q)); positions say where to read."""
+    layer, queries, memory = a_layer(), some_queries(), a_memory()
+    x, pos, refs = queries.content[0], queries.pos[0], queries.ref_boxes
+    expected = x + layer.cross_attn(x + pos, refs, memory)
+    expected = F.layer_norm(expected, (D,), layer.norm_cross.weight, layer.norm_cross.bias)
+    hidden = (expected @ layer.ffn[0].weight.T + layer.ffn[0].bias).relu()
+    expected = expected + hidden @ layer.ffn[2].weight.T + layer.ffn[2].bias
+    expected = F.layer_norm(expected, (D,), layer.norm_ffn.weight, layer.norm_ffn.bias)
+    assert_close(layer.gather(x, pos, refs, memory), expected, **EXACT)
+
+
+def move(outputs_before, outputs_after):
+    return (outputs_after - outputs_before).abs().amax((0, 2))              # (N,)
+
+
+def test_self_attention_mixes_queries_and_cross_attention_does_not():
+    """[DAC Eq. 1-2] Nudge query 0: `disperse` moves all queries, `gather` only query 0."""
+    layer, queries, memory = a_layer(), some_queries(), a_memory()
+    x, pos, refs = queries.content[0], queries.pos[0], queries.ref_boxes
+    nudged = x.clone()
+    nudged[:, 0] += 0.5
+    change = move(layer.disperse(x, pos), layer.disperse(nudged, pos))
+    assert (change > 1e-4).all()
+    change = move(layer.gather(x, pos, refs, memory), layer.gather(nudged, pos, refs, memory))
+    assert change[0] > 1e-2 and (change[1:] == 0).all()
+
+
+@pytest.mark.parametrize("cls", [decoder_base.Decoder, decoder_base.FixedReferenceDecoder])
+def test_every_answer_depends_on_every_query(cls):
+    """Duplicates can only be told apart by looking at one another."""
+    queries, decoder, memory = some_queries(2), a_decoder(cls), a_memory()
+    nudged = queries._replace(content=queries.content.clone())
+    nudged.content[:, :, 0] *= -1
+    before, after = decoder.o_decoder(queries, memory), decoder.o_decoder(nudged, memory)
+    assert all((move(x.logits, y.logits) > 1e-4).all() for x, y in zip(before, after))
+
+
+def test_the_order_of_queries_does_not_matter():
+    queries, decoder, memory = some_queries(), a_decoder(), a_memory()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    shuffled = query_gen.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+                                 queries.ref_boxes[:, order], None)
+    for x, y in zip(decoder.o_decoder(queries, memory), decoder.o_decoder(shuffled, memory)):
+        assert_close(y.logits, x.logits[:, order], **EXACT)
+        assert_close(y.boxes, x.boxes[:, order], **EXACT)
+
+
+def steps(decoder, deltas):
+    """Let box head l answer deltas[l], whatever it is asked."""
+    for head, delta in zip(decoder.box_heads, deltas):
+        torch.nn.init.zeros_(head[-1].weight)
+        head[-1].bias.data = torch.full((4,), delta, dtype=torch.float64)
+    return decoder
+
+
+def test_boxes_worked_by_hand():
+    """[Deformable DETR App. A.4] b_l = sigmoid(delta_l + logit(b_(l-1)))"""
+    # from .5 = sigmoid(0): + log 3 -> .75, - log 12 -> sigmoid(-log 4) = .2, + log 4 -> .5
+    decoder = steps(a_decoder(), [math.log(3), -math.log(12), math.log(4)])
+    queries = some_queries()._replace(ref_boxes=torch.full((B, N, 4), 0.5, dtype=torch.float64))
+    answer = decoder.o_decoder(queries, a_memory())
+    for prediction, box in zip(answer, [0.75, 0.2, 0.5], strict=True):
+        assert_close(prediction.boxes, torch.full((B, N, 4), box, dtype=torch.float64), **EXACT)
+    # not refined, each starts from the same .5: + log 3 -> 3/4, - log 12 -> 1/13, + log 4 -> 4/5
+    fixed = a_decoder(decoder_base.FixedReferenceDecoder)
+    fixed = steps(fixed, [math.log(3), -math.log(12), math.log(4)])
+    answer = fixed.o_decoder(queries, a_memory())
+    for prediction, box in zip(answer, [3 / 4, 1 / 13, 4 / 5], strict=True):
+        assert_close(prediction.boxes, torch.full((B, N, 4), box, dtype=torch.float64), **EXACT)
+
+
+def test_o_decoder_by_definition():
+    """Layer after layer with heads of their own, [DAC Eq. 1] then [DAC Eq. 2], from points."""
+    decoder, queries, memory = a_decoder(), some_queries(2), a_memory()
+    x, pos, refs = queries.content[0], queries.pos[0], queries.ref_boxes
+    found = decoder.o_decoder(queries, memory)
+    assert len(found) == 3
+    for number, prediction in enumerate(found):
+        layer = decoder.layers[number]
+        x = layer.gather(layer.disperse(x, pos), pos, refs, memory)
+        delta = decoder.box_heads[number](x)
+        start = torch.logit(refs) if refs.shape[-1] == 4 else F.pad(torch.logit(refs), (0, 2))
+        refs = torch.sigmoid(start + delta)
+        assert_close(prediction.logits, decoder.class_heads[number](x), **EXACT)
+        assert_close(prediction.boxes, refs, **EXACT)
+
+
+@pytest.mark.parametrize("cls", [decoder_base.Decoder, decoder_base.FixedReferenceDecoder])
+def test_where_each_layer_looks(cls):
+    """Refined: around the box of the layer before, detached. Fixed: around the first points."""
+    decoder, queries, seen = a_decoder(cls), some_queries(2), []
+    for layer in decoder.layers:
+        layer.cross_attn.register_forward_pre_hook(lambda layer, args: seen.append(args[1]))
+    found = decoder.o_decoder(queries, a_memory())
+    assert seen[0] is queries.ref_boxes
+    for before, looked_at in zip(found, seen[1:], strict=False):
+        if cls is decoder_base.Decoder:
+            assert_close(looked_at, before.boxes, **EXACT)
+            assert not looked_at.requires_grad and before.boxes.requires_grad
+        else:
+            assert looked_at is queries.ref_boxes
+
+
+@pytest.mark.parametrize("layer, reached", [(0, [0]), (1, [0, 1]), (2, [1, 2])])
+def test_look_forward_twice(layer, reached):
+    """[DINO Sec. 3.5] The loss on a layer's boxes teaches its own correction and the one before.
+
+    The heads ignore the queries here and answer their bias: nothing else connects the layers.
+    """
+    decoder = steps(a_decoder(), [0.3, -0.2, 0.1])
+    decoder.o_decoder(some_queries(), a_memory())[layer].boxes.sum().backward()
+    got = [i for i, head in enumerate(decoder.box_heads)
+           if head[-1].bias.grad is not None and head[-1].bias.grad.abs().max() > 1e-6]
+    assert got == reached
+
+
+def test_the_first_answer_is_the_reference():
+    """At first no head moves a box, and every class has probability .01."""
+    torch.manual_seed(0)
+    decoder, queries = decoder_base.Decoder(3, D, 2, 2, 3, 16, C).double(), some_queries()
+    for prediction in decoder.o_decoder(queries, a_memory()):
+        assert_close(prediction.boxes, queries.ref_boxes, **EXACT)
+    head = decoder.class_heads[0]
+    assert_close(head(torch.zeros(1, D).double()).sigmoid(), torch.full((1, C), 0.01).double(),
+                 atol=1e-7, rtol=0)                                 # a bias set in float32
+
+
+def test_gradients_reach_every_parameter():
+    decoder, weights = a_decoder(), torch.Generator().manual_seed(0)
+    loss = sum((x * torch.randn(x.shape, generator=weights)).sum()
+               for prediction in decoder.o_decoder(some_queries(), a_memory()) for x in prediction)
+    loss.backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-8, name
+
+
+def test_padding_changes_nothing():
+    """Encoder, two-stage queries and decoder: an image alone, or in a batch with a larger one."""
+    net = randomise(encoder.Encoder(1, D, 2, 2, 3, 16))
+    ask = randomise(query_gen.TwoStageQueries(4, D, C, 1), seed=2)
+    decoder = a_decoder()
+    features = [random(B, D, 8, 12, seed=5), random(B, D, 4, 6, seed=6)]
+    is_pad = torch.zeros(B, 64, 96, dtype=torch.bool)
+    is_pad[1, 40:], is_pad[1, :, 56:] = True, True          # 5 x 7 and 3 x 4 cells of the second
+    memory = net(features, is_pad)
+    part = [features[0][1:, :, :5, :7], features[1][1:, :, :3, :4]]
+    alone = net(part, torch.zeros(1, 40, 56, dtype=torch.bool))
+    queries, queries_alone = ask(memory), ask(alone)
+    objectness, is_good = queries.proposals.logits[1, :, 0], proposals.anchors(memory)[1][1]
+    assert objectness[~is_good].max() < objectness.topk(4).values[-1]   # no query starts on padding
+    for x, y in zip(decoder.o_decoder(queries, memory), decoder.o_decoder(queries_alone, alone)):
+        assert x.logits.dtype == torch.float64
+        assert_close(x.logits[1:], y.logits, atol=1e-5, rtol=0)     # positions are float32: 1e-7 in
+        assert_close(x.boxes[1:], y.boxes, atol=1e-6, rtol=0)
+
+
+def test_predictions_are_boxes_predictions():
+    for prediction in a_decoder().o_decoder(some_queries(), a_memory()):
+        assert isinstance(prediction, boxes.Predictions)
+        assert prediction.logits.shape == (B, N, C) and prediction.boxes.shape == (B, N, 4)
+        assert ((prediction.boxes > 0) & (prediction.boxes < 1)).all()

@@ -1,0 +1,232 @@
+"""SD-DETR's claims as tests: a self-attention for both tasks, a cross-attention for each [SD Eq. 3].
+
+Everything in float64, on two feature levels.
+"""
+import pytest
+import torch
+from torch.testing import assert_close
+
+from detr_min import attention, boxes, decoder_base, decoder_decoupled, query_gen
+
+SHAPE = dict(d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48)
+SIZES = dict(num_layers=3, num_classes=3, **SHAPE)
+N = 6
+
+
+def a_memory(generator):
+    tokens = torch.randn(2, 60, 32, generator=generator, dtype=torch.float64)
+    return attention.Memory(tokens, torch.zeros(2, 60, dtype=torch.bool), [(6, 8), (3, 4)],
+                            torch.ones(2, 2, 2, dtype=torch.float64))
+
+
+def some_queries(generator):
+    content, pos = torch.randn(2, 2, 2, N, 32, generator=generator, dtype=torch.float64)
+    ref_boxes = torch.rand(2, N, 4, generator=generator, dtype=torch.float64) * .6 + .2
+    return query_gen.Queries(content, pos, ref_boxes, proposals=None)
+
+
+def shaken(module, generator):
+    """In float64, every parameter off its initial value: no zeros, no symmetry left to hide behind."""
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+@pytest.fixture
+def generator():
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def decoder(generator):
+    return shaken(decoder_decoupled.DACDecoupledDecoder(**SIZES), generator)
+
+
+def gradient_sizes(number, module):
+    """Name -> largest absolute gradient of a number in that parameter; 0 where there is none."""
+    names, parameters = zip(*module.named_parameters())
+    gradients = torch.autograd.grad(number, parameters, retain_graph=True, allow_unused=True)
+    return {n: 0.0 if g is None else g.abs().max().item() for n, g in zip(names, gradients)}
+
+
+def within(sizes, prefix):
+    found = [size for name, size in sizes.items() if name.startswith(prefix)]
+    assert found, prefix
+    return found
+
+
+# --- by definition [SD Eq. 3] ---------------------------------------------------------------------
+
+def test_o_decoder_by_definition(decoder, generator):
+    """[SD Eq. 3] {self-att(cat(Q_cls, Q_loc)), cross-att_t(Q_t), FFN_t(Q_t)} x L, written out."""
+    queries, memory = some_queries(generator), a_memory(generator)
+    (x_cls, x_loc), (pos_cls, pos_loc), ref = queries.content, queries.pos, queries.ref_boxes
+    for l, (layer, p) in enumerate(zip(decoder.layers, decoder.o_decoder(queries, memory))):
+        x = torch.cat([x_cls, x_loc], dim=1)                            # 2N tokens of width D
+        pos = torch.cat([pos_cls, pos_loc], dim=1)
+        x = layer.norm_self(x + layer.self_attn(x + pos, x + pos, x)[0])
+        x_cls, x_loc = x[:, :N], x[:, N:]
+        x_cls = layer.cls.norm_cross(x_cls + layer.cls.cross_attn(x_cls + pos_cls, ref, memory))
+        x_loc = layer.loc.norm_cross(x_loc + layer.loc.cross_attn(x_loc + pos_loc, ref, memory))
+        x_cls = layer.cls.norm_ffn(x_cls + layer.cls.ffn(x_cls))
+        x_loc = layer.loc.norm_ffn(x_loc + layer.loc.ffn(x_loc))
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[l](x_loc))
+        assert_close(p, boxes.Predictions(decoder.class_heads[l](x_cls), ref), atol=1e-12, rtol=0)
+        assert p.logits.shape == (2, N, 3)                                  # N answers, never 2N
+
+
+def test_c_decoder_by_definition(decoder, generator):
+    """[DAC Eq. 3] over [SD Eq. 3]  The same without self-attention. In neither paper."""
+    queries, memory = some_queries(generator), a_memory(generator)
+    x, ref = list(queries.content), queries.ref_boxes
+    for l, (layer, p) in enumerate(zip(decoder.layers, decoder.c_decoder(queries, memory))):
+        x = [branch.gather(x_t, pos_t, ref, memory)
+             for branch, x_t, pos_t in zip((layer.cls, layer.loc), x, queries.pos)]
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[l](x[1]))
+        assert_close(p, boxes.Predictions(decoder.class_heads[l](x[0]), ref), atol=1e-12, rtol=0)
+
+
+def test_both_decoders_are_the_two_passes(decoder, generator):
+    queries, memory = some_queries(generator), a_memory(generator)
+    two = decoder.o_decoder(queries, memory), decoder.c_decoder(queries, memory)
+    assert_close(decoder.both_decoders(queries, memory), two, atol=0, rtol=0)
+
+
+def test_split_decoder_is_two_decoders(generator):
+    """[SD Eq. 2]  Logits from whole baseline layers on one set, boxes from others on the other."""
+    queries, memory = some_queries(generator), a_memory(generator)
+    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    x, ref = list(queries.content), queries.ref_boxes
+    for l, p in enumerate(split.o_decoder(queries, memory)):
+        layers = split.cls_layers[l], split.loc_layers[l]
+        x = [layer.gather(layer.disperse(x_t, pos_t), pos_t, ref, memory)
+             for layer, x_t, pos_t in zip(layers, x, queries.pos)]
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + split.box_heads[l](x[1]))
+        assert_close(p, boxes.Predictions(split.class_heads[l](x[0]), ref), atol=1e-12, rtol=0)
+
+
+# --- the invariants of [SD Eq. 3] -----------------------------------------------------------------
+
+def test_tied_branches_and_equal_queries_are_the_baseline_layer(generator):
+    """[SD Eq. 3] (a)  Every key and value twice leaves the softmax's mean where it was."""
+    base = shaken(decoder_base.DecoderLayer(**SHAPE), generator)
+    layer = decoder_decoupled.DecoderLayer(**SHAPE).double()
+    layer.self_attn.load_state_dict(base.self_attn.state_dict())
+    layer.norm_self.load_state_dict(base.norm_self.state_dict())
+    for branch in (layer.cls, layer.loc):
+        branch.load_state_dict({k: v for k, v in base.state_dict().items() if "self" not in k})
+    queries, memory = some_queries(generator), a_memory(generator)
+    x, pos, ref = queries.content[0], queries.pos[0], queries.ref_boxes
+    expected = base.gather(base.disperse(x, pos), pos, ref, memory)
+    xx, pp = torch.cat([x, x], dim=1), torch.cat([pos, pos], dim=1)
+    out = layer.gather(layer.disperse(xx, pp), pp, ref, memory)
+    assert_close(out, torch.cat([expected, expected], dim=1), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("run", ["o_decoder", "c_decoder"])
+def test_permuting_the_pairs_permutes_the_answers(decoder, generator, run):
+    """[SD Eq. 3] (b)"""
+    queries, memory = some_queries(generator), a_memory(generator)
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    permuted = query_gen.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+                                 queries.ref_boxes[:, order], None)
+    before, after = getattr(decoder, run)(queries, memory), getattr(decoder, run)(permuted, memory)
+    for b, a in zip(before, after):
+        expected = boxes.Predictions(b.logits[:, order], b.boxes[:, order])
+        assert_close(a, expected, atol=1e-11, rtol=0)
+
+
+def test_each_task_trains_its_own_branch_of_the_last_layer(decoder, generator):
+    """[SD Eq. 3] (c)  Exactly zero gradient into the other task's branch.
+
+    In earlier layers not zero: a later self-attention, which both share, lets it through.
+    """
+    predictions = decoder.o_decoder(some_queries(generator), a_memory(generator))
+    from_cls = gradient_sizes(predictions[-1].logits.square().sum(), decoder)
+    from_loc = gradient_sizes(predictions[-1].boxes.square().sum(), decoder)
+    assert max(within(from_cls, "layers.2.loc")) == 0 == max(within(from_loc, "layers.2.cls"))
+    assert min(within(from_cls, "layers.2.cls")) > 0 and min(within(from_loc, "layers.2.loc")) > 0
+    for earlier in "01":
+        assert min(within(from_cls, f"layers.{earlier}.loc")) > 0
+        assert min(within(from_loc, f"layers.{earlier}.cls")) > 0
+    assert max(within(from_cls, "box_heads")) == 0 == max(within(from_loc, "class_heads"))
+
+
+def test_split_decoder_lets_nothing_through_in_any_layer(generator):
+    """[SD Eq. 2]  Between the two decoders only reference boxes pass, and those are detached."""
+    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    queries, memory = some_queries(generator), a_memory(generator)
+    predictions = split.o_decoder(queries, memory)
+    from_cls = gradient_sizes(predictions[-1].logits.square().sum(), split)
+    from_loc = gradient_sizes(predictions[-1].boxes.square().sum(), split)
+    assert max(within(from_cls, "loc_layers")) == 0 == max(within(from_loc, "cls_layers"))
+    assert max(within(from_cls, "box_heads")) == 0 == max(within(from_loc, "class_heads"))
+    assert min(within(from_cls, "cls_layers")) > 0 and min(within(from_loc, "loc_layers")) > 0
+    with torch.no_grad():                       # yet the boxes do steer where classification looks
+        split.box_heads[0][-1].bias += 1
+    moved = split.o_decoder(queries, memory)
+    assert_close(moved[0].logits, predictions[0].logits, atol=0, rtol=0)
+    assert (moved[1].logits - predictions[1].logits).abs().max() > 1e-3
+
+
+def test_the_tasks_talk_in_self_attention_and_only_there(decoder, generator):
+    """[SD Eq. 3]  Nudge classification token 0: all the O-Decoder's boxes move, no C-Decoder's."""
+    queries, memory = some_queries(generator), a_memory(generator)
+    content = queries.content.clone()
+    content[0, :, 0] += 0.5
+    nudged = queries._replace(content=content)
+    for run, moves in ((decoder.o_decoder, True), (decoder.c_decoder, False)):
+        before, after = run(queries, memory)[-1], run(nudged, memory)[-1]
+        changed = (after.boxes - before.boxes).abs().amax(-1)                               # (B, N)
+        assert (changed > 1e-6).all() if moves else (changed == 0).all()
+        changed = (after.logits - before.logits).abs().amax(-1)
+        assert (changed[:, 0] > 1e-3).all()
+        assert (changed[:, 1:] > 1e-6).all() if moves else (changed[:, 1:] == 0).all()
+
+
+def test_boxes_are_read_off_localization_and_classes_off_classification(decoder, generator):
+    """[SD Fig. 2]  Without self-attention, set 0 decides layer 1's logits and set 1 its boxes."""
+    queries, memory = some_queries(generator), a_memory(generator)
+    before = decoder.c_decoder(queries, memory)[0]
+    for task, same, moved in ((0, "boxes", "logits"), (1, "logits", "boxes")):
+        content = queries.content.clone()
+        content[task] += 0.5
+        after = decoder.c_decoder(queries._replace(content=content), memory)[0]
+        assert_close(getattr(after, same), getattr(before, same), atol=0, rtol=0)
+        assert (getattr(after, moved) - getattr(before, moved)).abs().amax(-1).min() > 1e-6
+
+
+def test_look_forward_twice(decoder, generator):
+    """[DINO Sec. 3.5]  A box loss trains its own layer's box head and the one before, no more."""
+    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    queries, memory = some_queries(generator), a_memory(generator)
+    for module, run in ((decoder, decoder.o_decoder), (decoder, decoder.c_decoder),
+                        (split, split.o_decoder)):
+        for l, p in enumerate(run(queries, memory)):
+            sizes = gradient_sizes(p.boxes.square().sum(), module)
+            reached = [max(within(sizes, f"box_heads.{head}")) > 0 for head in range(3)]
+            assert reached == [l - 1 <= head <= l for head in range(3)]
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameters_at_the_size_of_the_paper():
+    """Six layers of width 256: self-attention is shared, all else of a layer is double."""
+    sizes = dict(num_layers=6, d_model=256, num_heads=8, num_levels=4, num_points=4, d_ffn=2048,
+                 num_classes=91)
+    base, decoupled, split = (cls(**sizes) for cls in (
+        decoder_base.Decoder, decoder_decoupled.DecoupledDecoder, decoder_decoupled.SplitDecoder))
+    layer = base.layers[0]
+    private = count(layer) - count(layer.self_attn) - count(layer.norm_self)
+    assert count(decoupled) - count(base) == 6 * private
+    assert count(split) - count(base) == 6 * count(layer)
+    both = decoder_decoupled.DACDecoupledDecoder(**sizes)           # the C-pass owns nothing
+    assert {k: v.shape for k, v in both.state_dict().items()} == {
+        k: v.shape for k, v in decoupled.state_dict().items()}

@@ -1,0 +1,164 @@
+"""Deformable encoder: cells, ratios, positions and levels, and that padding changes nothing."""
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from detr_min import attention, encoder, position
+
+EXACT = dict(atol=1e-12, rtol=0)
+SHAPES = [(4, 6), (2, 3)]
+
+
+def randomise(module, seed=0):
+    """Random in every parameter: zeros and ones hide mistakes."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.double()
+
+
+def random_features(B=2, D=8, shapes=SHAPES, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, D, h, w, generator=g, dtype=torch.float64) for h, w in shapes]
+
+
+def padding(h, w, sizes):
+    """(B, h, w) mask of images of the given sizes, True = padding."""
+    is_pad = torch.ones(len(sizes), h, w, dtype=torch.bool)
+    for image, (height, width) in enumerate(sizes):
+        is_pad[image, :height, :width] = False
+    return is_pad
+
+
+def test_cell_centres_worked_by_hand():
+    # level 0 of 2 x 3 cells, then 1 x 2; (x, y), row after row
+    whole = torch.tensor([[1 / 6, 1 / 4], [3 / 6, 1 / 4], [5 / 6, 1 / 4],
+                          [1 / 6, 3 / 4], [3 / 6, 3 / 4], [5 / 6, 3 / 4],
+                          [1 / 4, 1 / 2], [3 / 4, 1 / 2]])
+    # image 1 fills half of the columns of both levels, half the rows of level 0, all of level 1's
+    ratios = torch.tensor([[[1., 1.], [1., 1.]], [[.5, .5], [.5, 1.]]])
+    part = torch.cat([whole[:6] * 2, whole[6:] * torch.tensor([2., 1.])])   # beyond 1 on padding
+    assert_close(encoder.cell_centres([(2, 3), (1, 2)], ratios), torch.stack([whole, part]))
+
+
+def test_valid_ratio_worked_by_hand():
+    is_pad = padding(4, 5, [(4, 5), (3, 2), (1, 4)])
+    expected = torch.tensor([[1., 1.], [2 / 5, 3 / 4], [4 / 5, 1 / 4]])         # x first
+    assert_close(encoder.valid_ratio(is_pad), expected)
+
+
+def test_feed_forward_by_definition():
+    ffn = randomise(encoder.feed_forward(8, 32))
+    x = random_features()[0].flatten(2).transpose(1, 2)
+    hidden = (x @ ffn[0].weight.T + ffn[0].bias).clamp(min=0)
+    assert_close(ffn(x), hidden @ ffn[2].weight.T + ffn[2].bias, **EXACT)
+
+
+def test_layer_by_definition():
+    """[Deformable DETR Sec. 4.1] LN(x + attention(x + position)), then LN(x + FFN(x))."""
+    layer = randomise(encoder.EncoderLayer(8, 2, 2, 3, 32))
+    lay_out = encoder.Encoder(0, 8, 2, 2, 3, 32)
+    memory = lay_out(random_features(), padding(32, 48, [(32, 48), (20, 40)]))
+    pos = torch.randn(2, 30, 8).double()
+    centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios.double())
+    x = memory.tokens
+    read = layer.attn(x + pos, centres, memory)             # values are x, without the position
+    x = F.layer_norm(x + read, (8,), layer.norm_attn.weight, layer.norm_attn.bias)
+    x = F.layer_norm(x + layer.ffn(x), (8,), layer.norm_ffn.weight, layer.norm_ffn.bias)
+    found = layer(memory, pos, centres)
+    assert_close(found.tokens, x, **EXACT)
+    assert found[1:] == memory[1:]                      # the rest is passed on, the same objects
+
+
+def test_memory_worked_by_hand():
+    """An encoder of no layers only lays out: level after level, row after row."""
+    features = random_features()
+    memory = encoder.Encoder(0, 8, 2, 2, 3, 32)(features, padding(32, 48, [(32, 48), (20, 40)]))
+    assert memory.spatial_shapes == SHAPES
+    for level, start in ((0, 0), (1, 24)):
+        h, w = SHAPES[level]
+        for i in range(h):
+            for j in range(w):
+                assert_close(memory.tokens[:, start + i * w + j], features[level][:, :, i, j])
+    # image 1: rows 0, 8, 16 of 20 pixels and columns 0 .. 32 of 40: 3 x 5 cells of 4 x 6;
+    # rows 0, 16 and columns 0, 16, 32: all 2 x 3 of level 1
+    assert memory.is_pad[0].sum() == 0
+    expected = [[0, 0, 0, 0, 0, 1]] * 3 + [[1] * 6]
+    assert memory.is_pad[1, :24].reshape(4, 6).int().tolist() == expected
+    assert memory.is_pad[1, 24:].sum() == 0
+    expected = torch.tensor([[[1., 1.], [1., 1.]], [[5 / 6, 3 / 4], [1., 1.]]])
+    assert_close(memory.valid_ratios, expected)
+
+
+def test_what_the_layers_are_given():
+    """Position = sines of the cell plus its level's own vector; the same at each layer."""
+    net, seen = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32)), []
+    for layer in net.layers:
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args))
+    is_pad = padding(32, 48, [(32, 48), (20, 40)])
+    memory = net(random_features(), is_pad)
+    pads = [is_pad[:, ::8, ::8], is_pad[:, ::16, ::16]]
+    expected = torch.cat([position.of_cells(pad, 8).flatten(1, 2) + net.level_embed[level]
+                          for level, pad in enumerate(pads)], dim=1)
+    centres = encoder.cell_centres(SHAPES, memory.valid_ratios)
+    for _, memory_pos, references in seen:
+        assert_close(memory_pos, expected, **EXACT)
+        assert_close(references, centres, atol=0, rtol=0)
+    assert len(seen) == 2 and seen[1][0].tokens is not seen[0][0].tokens
+
+
+def test_padding_changes_nothing():
+    """A small image in a padded batch, or alone: the same cells come out."""
+    net = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32))
+    features = random_features(shapes=[(8, 12), (4, 6)])
+    is_pad = padding(64, 96, [(64, 96), (40, 56)])          # 5 x 7 and 3 x 4 cells of the second
+    padded = net(features, is_pad)
+    part = [features[0][1:, :, :5, :7], features[1][1:, :, :3, :4]]
+    alone = net(part, padding(40, 56, [(40, 56)]))
+    assert padded.is_pad[1].logical_not().sum() == 35 + 12
+    # ratios and cells' positions are float32, whatever the weights are: 1e-7 in, a little more out
+    assert_close(padded.tokens[1][~padded.is_pad[1]], alone.tokens[0], atol=2e-6, rtol=0)
+    other = [x.clone() for x in features]
+    for x, h, w in ((other[0], 5, 7), (other[1], 3, 4)):
+        x[1, :, h:], x[1, :, :, w:] = 9, 9                  # whatever padding holds is not seen
+    on_image = ~padded.is_pad[1]
+    assert_close(net(other, is_pad).tokens[1][on_image], padded.tokens[1][on_image], atol=0, rtol=0)
+
+
+def test_each_cell_reads_a_few_points_around_itself():
+    """[Deformable DETR Sec. 4.1] Fresh, with K = 2: what happens 3 cells away is not seen."""
+    torch.manual_seed(0)
+    net = encoder.Encoder(1, 16, 8, 1, 2, 32).double()
+    features = random_features(B=1, D=16, shapes=[(9, 11)])
+    is_pad = padding(72, 88, [(72, 88)])
+    before = net(features, is_pad).tokens.unflatten(1, (9, 11))
+    features[0][0, :, 4, 5] *= -1
+    change = (net(features, is_pad).tokens.unflatten(1, (9, 11)) - before)[0].abs().amax(-1)
+    for i in range(9):
+        for j in range(11):
+            straight = i == 4 or j == 5 or abs(i - 4) == abs(j - 5)         # the eight directions
+            is_near = straight and max(abs(i - 4), abs(j - 5)) <= 2
+            # positions are float32, so a point misses its cell's centre by 1e-6 of a cell
+            assert (change[i, j] > 1e-3) == is_near and (is_near or change[i, j] < 1e-4)
+
+
+def test_gradients_reach_every_parameter_and_level():
+    net = randomise(encoder.Encoder(1, 8, 2, 2, 3, 32))
+    features = [x.requires_grad_() for x in random_features()]
+    out = net(features, padding(32, 48, [(32, 48), (20, 40)])).tokens
+    assert out.dtype == torch.float64
+    (out * torch.randn_like(out)).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-6, name
+    assert all(x.grad.abs().max() > 1e-3 for x in features)
+
+
+def test_an_image_smaller_than_a_stride():
+    """8 x 5 pixels in a batch beside 64 x 96: one cell on each level, and all numbers finite."""
+    net = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32))
+    features = random_features(shapes=[(8, 12), (4, 6)])
+    memory = net(features, padding(64, 96, [(64, 96), (8, 5)]))
+    assert memory.is_pad[1].logical_not().sum() == 2
+    assert memory.tokens.isfinite().all()
+    assert_close(memory.valid_ratios[1], torch.tensor([[1 / 12, 1 / 8], [1 / 6, 1 / 4]]))
+    assert isinstance(memory, attention.Memory)

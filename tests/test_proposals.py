@@ -1,0 +1,148 @@
+"""The encoder's own detections: heads, anchors and the mini-detector [Deformable DETR App. A.4]."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from detr_min import attention, boxes, proposals
+
+EXACT = dict(atol=1e-12, rtol=0)
+SHAPES = [(4, 6), (2, 3)]
+D, C = 8, 3
+
+
+def randomise(module, seed=0):
+    """Random in every parameter: zeros and ones hide mistakes."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.double()
+
+
+def share(is_pad):
+    """Of a row or a column of cells, the share that is image."""
+    return (~is_pad).double().mean(-1)
+
+
+def a_memory(shapes=SHAPES, B=2):
+    """Random cells; of the second image 2 x 4 and 1 x 2 cells are image."""
+    pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
+    for pad, (h, w) in zip(pads, shapes):
+        pad[1:, h // 2:], pad[1:, :, w * 2 // 3:] = True, True
+    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
+    tokens = torch.randn(B, sum(h * w for h, w in shapes), D, dtype=torch.float64,
+                         generator=torch.Generator().manual_seed(0))
+    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
+    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+
+
+# Heads
+
+
+def test_box_head_moves_nothing_at_first():
+    head = proposals.box_head(D)
+    assert_close(head(torch.randn(5, D)), torch.zeros(5, 4))
+    head = randomise(head)
+    x = torch.randn(5, D).double()
+    for layer in (0, 2):
+        x = (x @ head[layer].weight.T + head[layer].bias).clamp(min=0)
+    expected = x @ head[4].weight.T + head[4].bias
+    torch.manual_seed(0)
+    assert len(head) == 5 and expected.abs().max() > 1e-3
+    assert_close(head[4](x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("prior", [0.01, 0.2])
+def test_class_head_starts_at_the_prior(prior):
+    """[Focal Loss Sec. 3.3] bias = -log((1 - prior) / prior), so that sigmoid(bias) = prior."""
+    head = proposals.class_head(D, C, prior)
+    assert_close(head.bias, torch.full((C,), -math.log((1 - prior) / prior)))
+    assert_close(head(torch.zeros(1, D)).sigmoid(), torch.full((1, C), prior))
+    assert_close(proposals.class_head(D, C).bias.sigmoid(), torch.full((C,), 0.01))
+
+
+# Anchors
+
+
+def test_anchors_worked_by_hand():
+    """[Deformable DETR App. A.4] (x, y, 0.05 * 2^l, 0.05 * 2^l)"""
+    # image 0: cell (1, 2) of 4 x 6 has its centre at (2.5/6, 1.5/4), number 1 * 6 + 2 = 8
+    # image 1 fills 4 of 6 columns and 2 of 4 rows: the same cell lies at (2.5/4, 1.5/2)
+    # cell (0, 1) of 2 x 3 on level 1, number 24 + 1: (1.5/3, .5/2); of image 1, which fills
+    # 2 columns and 1 row: (1.5/2, .5/1)
+    anchor, is_good = proposals.anchors(a_memory())
+    assert anchor.shape == (2, 30, 4) and is_good.shape == (2, 30)
+    level_0 = [[2.5 / 6, 1.5 / 4, .05, .05], [2.5 / 4, 1.5 / 2, .05, .05]]
+    level_1 = [[1.5 / 3, 0.5 / 2, .10, .10], [1.5 / 2, 0.5 / 1, .10, .10]]
+    assert_close(anchor[:, 8], torch.tensor(level_0, dtype=torch.float64), **EXACT)
+    assert_close(anchor[:, 25], torch.tensor(level_1, dtype=torch.float64), **EXACT)
+    assert is_good[0].all()
+    expected = [[1, 1, 1, 1, 0, 0]] * 2 + [[0] * 6] * 2
+    assert is_good[1, :24].reshape(4, 6).int().tolist() == expected
+    assert is_good[1, 24:].reshape(2, 3).int().tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+def test_anchors_double_from_level_to_level():
+    shapes = [(2, 2)] * 6
+    anchor, is_good = proposals.anchors(a_memory(shapes, B=1))
+    sizes = torch.tensor([.05, .1, .2, .4, .8, 1.6], dtype=torch.float64)
+    assert_close(anchor[0, ::4, 2:], sizes[:, None].expand(6, 2), **EXACT)
+    assert is_good[0].tolist() == [True] * 20 + [False] * 4         # 1.6 leaves (.01, .99)
+
+
+def test_anchors_at_the_border_are_no_good():
+    """100 cells in a row have their centres at .005, .015, ... .985, .995."""
+    _, is_good = proposals.anchors(a_memory([(1, 100)], B=1))
+    assert is_good[0].tolist() == [False] + [True] * 98 + [False]
+    _, is_good = proposals.anchors(a_memory([(100, 1)], B=1))
+    assert is_good[0].tolist() == [False] + [True] * 98 + [False]
+
+
+# The mini-detector
+
+
+def test_mini_detector_by_definition():
+    """One linear layer and a norm, two heads; box = sigmoid(logit(anchor) + delta)."""
+    net, memory = randomise(proposals.MiniDetector(D, C)), a_memory()
+    found = net(memory)
+    anchor, is_good = proposals.anchors(memory)
+    for b in range(2):
+        for s in range(30):
+            cell = memory.tokens[b, s] if is_good[b, s] else torch.zeros(D).double()
+            cell = F.layer_norm(net.project.weight @ cell + net.project.bias, (D,),
+                                net.norm.weight, net.norm.bias)
+            assert_close(found.logits[b, s], net.class_head(cell), **EXACT)
+            if is_good[b, s]:
+                start = torch.log(anchor[b, s] / (1 - anchor[b, s]))
+                box = torch.sigmoid(start + net.box_head(cell))
+                assert_close(found.boxes[b, s], box, **EXACT)
+    assert (~is_good).sum() > 10
+    # no good: all alike, whatever the cell holds, and next to the whole image's far corner
+    dummies = found.boxes[~is_good]
+    assert_close(dummies, dummies[:1].expand_as(dummies), **EXACT)
+    assert (dummies > 0.999).all()
+
+
+def proposals_with(logits):
+    """Predictions whose logit 0 is given; a box tells the number of its cell."""
+    B, S = logits.shape
+    all_logits = torch.stack([logits, -logits, torch.ones_like(logits)], dim=-1)
+    numbers = torch.arange(B * S, dtype=logits.dtype).reshape(B, S, 1).expand(-1, -1, 4)
+    return boxes.Predictions(all_logits, (numbers / 100).clone().requires_grad_())
+
+
+def test_best_worked_by_hand():
+    """By logit 0 alone, best first, image by image, without gradient."""
+    net = proposals.MiniDetector(D, C)
+    found = proposals_with(torch.tensor([[0.1, 3.0, -1.0, 2.0], [5.0, -2.0, 6.0, 0.0]]))
+    best = net.best(found, 2)
+    assert_close(best[..., 0], torch.tensor([[.01, .03], [.06, .04]]))      # cells 1, 3; cells 6, 4
+    assert best.shape == (2, 2, 4) and not best.requires_grad and found.boxes.requires_grad
+
+
+def test_best_of_fewer_cells_than_queries():
+    found = proposals_with(torch.tensor([[0.1, 3.0, -1.0]]))
+    best = proposals.MiniDetector(D, C).best(found, 300)
+    assert_close(best[0, :, 0], torch.tensor([.01, .00, .02]))

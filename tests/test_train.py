@@ -1,0 +1,198 @@
+"""The training program as a person uses it: a run folder, resume, Ctrl-C, two processes, mistakes."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from detr_min import checkpoints, runs, shapes
+
+ROOT = pathlib.Path(train.__file__).parent
+SMALL = ["--images", "4", "--batch", "2", "--size", "64", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_validation_images(monkeypatch):
+    monkeypatch.setattr(runs, "NUM_VAL_SHAPES", 4)
+
+
+def run(monkeypatch, *words):
+    """train.main() with a command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.main()
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def weights(folder):
+    return checkpoints.read(folder)["model"]
+
+
+def assert_same_weights(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("words", [
+    ["--model", "deformable"], ["--model", "dac"], ["--model", "decoupled"], ["--model", "split"],
+    ["--model", "dac_decoupled", "--queries", "task_aware", "--loss", "tal"],
+    ["--model", "deformable", "--queries", "learned"], ["--model", "deformable_fixed", "--queries",
+                                                        "learned"]])
+def test_each_variant_trains_and_leaves_a_complete_run_folder(words, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "run", *words)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "curves.png",
+                     "predictions.png"}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["images_seen"] == 4 and 0 <= metrics["AP"] <= 1
+    assert metrics["parameters"] > 1e6 and metrics["cpu_seconds"] > 0
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last_line == f"AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}"
+
+
+def test_the_log_line_adds_up(monkeypatch, tmp_path):
+    run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    parts = sum(line[name][term] for name in ("O", "C", "encoder") for term in ("cls", "l1", "giou"))
+    assert line["loss"] == pytest.approx(parts) and line["O"]["pairs"] == line["objects"]
+
+
+def test_two_and_two_epochs_are_four(monkeypatch, tmp_path):
+    """4 images in batches of 2: two steps an epoch. Bit for bit, optimiser and log included."""
+    run(monkeypatch, *SMALL, "--epochs", 4, "--out", tmp_path / "straight")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *SMALL, "--epochs", 4, "--out", tmp_path / "paused", "--pause", 4)
+    assert stop.value.code == 0 and not (tmp_path / "paused" / "metrics.json").exists()
+    run(monkeypatch, "--resume", tmp_path / "paused")
+    straight, paused = (checkpoints.read(tmp_path / name) for name in ("straight", "paused"))
+    assert_same_weights(straight["model"], paused["model"], rtol=0, atol=0)
+    for a, b in zip(straight["optimizer"]["state"].values(), paused["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    logs = [[(line["step"], line.get("loss"), line.get("val")) for line in map(json.loads, (
+        tmp_path / name / "log.jsonl").read_text().splitlines())] for name in ("straight", "paused")]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    loss = train.criterion.detection_loss
+
+    def interrupted(*args):
+        monkeypatch.setattr(train.criterion, "detection_loss", loss)
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args)
+
+    monkeypatch.setattr(train.criterion, "detection_loss", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *SMALL, "--steps", 9, "--out", tmp_path / "run")
+    assert stop.value.code == 130
+    assert f"train.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
+    assert checkpoints.read(tmp_path / "run")["progress"]["step"] in (1, 2)
+
+
+def test_a_run_is_never_overwritten(monkeypatch, tmp_path):
+    run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already.*--resume"):
+        run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run(monkeypatch, *SMALL, "--steps", 1, "--model", "deformable")
+    assert sorted(p.name for p in pathlib.Path("runs").iterdir()) == ["deformable_shapes",
+                                                                      "deformable_shapes-2"]
+
+
+def test_a_loss_that_turns_nan_names_images_and_learning_rate(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"step \d+, learning rate 1e\+20: .*\(images \[\d+, \d+\]\)"):
+        run(monkeypatch, *SMALL, "--steps", 50, "--lr", "1e20", "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_fewer_queries_than_objects_is_refused_before_training(monkeypatch, tmp_path):
+    monkeypatch.setitem(train.config.PRESETS["shapes"], "num_queries", 1)
+    with pytest.raises(ValueError, match=r"image \d+ holds \d objects but the preset has 1 queries"):
+        run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+
+
+def test_resume_takes_no_other_flag(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="leave out --lr"):
+        run(monkeypatch, "--resume", tmp_path, "--lr", 1)
+
+
+def test_a_resume_of_nothing_says_so(monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no last.pt"):
+        run(monkeypatch, "--resume", tmp_path)
+
+
+def test_init_from_starts_where_the_other_ended(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "a")
+    run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "b", "--init_from", tmp_path / "a",
+        "--lr", "1e-30")
+    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert "0 tensors start at random" in capsys.readouterr().out
+
+
+def program(*words, processes=1, **options):
+    """train.py as a program of its own, or on several processes under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                "--standalone"] if processes > 1 else [sys.executable]
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, words)], text=True, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """The same total batch; in some steps one process has no object at all."""
+    shapes.write_folder(tmp_path / "data", 4, 4, size_px=64)
+    path = tmp_path / "data" / "annotations" / "instances_train.json"
+    coco = json.loads(path.read_text())
+    empty = {image["id"] for image in coco["images"][:2]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] not in empty]
+    path.write_text(json.dumps(coco))
+    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 6, "--device", "cpu"]
+    finals = []
+    for processes in (1, 2):
+        child = program(*words, "--out", tmp_path / f"run{processes}", processes=processes)
+        assert child.wait(300) == 0, child.stderr.read()
+        finals.append(weights(tmp_path / f"run{processes}"))
+    assert_same_weights(*finals, rtol=1e-3, atol=1e-4)      # sums of floats in another order, 6 Adam steps
+    metrics = [json.loads((tmp_path / f"run{p}" / "metrics.json").read_text())["AP"] for p in (1, 2)]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_loses_only_the_steps_since_the_last_save(tmp_path):
+    shapes.write_folder(tmp_path / "data", 4, 4, size_px=64)
+    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 40, "--device", "cpu"]
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    child = program(*words, "--out", killed)
+    while child.poll() is None and not (killed / "last.pt").exists():
+        pass
+    child.kill()
+    child.wait()
+    assert not (killed / "metrics.json").exists()
+    for words in (["--resume", killed], [*words, "--out", straight]):
+        child = program(*words)
+        assert child.wait(300) == 0, child.stderr.read()
+    assert_same_weights(weights(killed), weights(straight), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_sentence_and_a_status(tmp_path):
+    child = program("--coco", tmp_path / "nowhere")
+    assert child.wait(100) == 1
+    error = child.stderr.read().strip()
+    assert "Traceback" not in error and "nowhere" in error and len(error.splitlines()) == 1
