@@ -40,24 +40,8 @@ def parse(argv=None):
     return args
 
 
-def open_data(args, cfg, categories):
-    """The validation set of --coco, or the run's own, with labels as the checkpoint has them;
-    ValueError for objects of classes that it does not know."""
-    dataset = runs.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco))
-    dataset.image_ids = dataset.image_ids[:args.images or None]
-    names, ids = [c["name"] for c in categories], {c["name"]: c["id"] for c in dataset.categories}
-    used = {a["category_id"] for i in dataset.image_ids for a in dataset.coco.imgToAnns.get(i, [])}
-    unknown = [name for name in ids if ids[name] in used and name not in names]
-    if unknown:
-        raise ValueError(f"the data has objects of classes that the checkpoint does not know: "
-                         f"{', '.join(unknown)}; it knows {', '.join(names)}")
-    dataset.categories = [{"id": ids.get(name), "name": name} for name in names]
-    dataset.label_of = {ids[name]: label for label, name in enumerate(names) if name in ids}
-    return dataset
-
-
 def photos(root, cfg):
-    """Name, uint8 picture (3, h, w), turned as EXIF says, and network image of each readable file."""
+    """Name, uint8 picture (3, h, w) turned as EXIF says, network image, of each readable file."""
     paths = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
     readable = 0
     for path in paths:
@@ -92,15 +76,15 @@ def main(argv=None):
     args = parse(argv)
     detector = checkpoints.load_model(args.weights)
     cfg, names = detector.config, [category["name"] for category in detector.categories]
-    if not {"cuda": torch.cuda, "mps": torch.backends.mps}.get(args.device, torch.cpu).is_available():
-        raise ValueError(f"--device {args.device}: there is none on this computer")
     detector.to(train.pick_device(args.device))
     run = pathlib.Path(args.weights)
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
     if args.out or args.photos or args.points:
         out.mkdir(parents=True, exist_ok=True)
     if args.coco or not (args.photos or args.points):
-        dataset = open_data(args, cfg, detector.categories)
+        dataset = runs.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
+                                detector.categories)
+        dataset.image_ids = dataset.image_ids[:args.images or None]
         metrics, table = evaluate.evaluate(detector, dataset, cfg.batch, args.top_k, cfg.precision)
         print(table)
         if args.out:

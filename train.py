@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from detr_min import checkpoints, config, criterion, data, draw, evaluate, model, runs
+from detr_min import checkpoints, config, criterion, data, draw, evaluate, model, optim, runs
 
-SLOW_NAMES = "backbone.", "sampling_offsets", "reference_points"    # may learn more slowly
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
@@ -37,36 +36,21 @@ def say(text):
 
 
 def pick_device(name):
-    """--device as a torch.device; under torchrun on GPUs, this process's own one."""
+    """--device as a torch.device; under torchrun on GPUs, this process's own one.
+
+    Raises:
+        ValueError: this computer has none
+    """
+    here = [name for name, place in (("cuda", torch.cuda), ("mps", torch.backends.mps),
+                                     ("cpu", torch.cpu)) if place.is_available()]
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = here[0]
+    if name not in here:
+        raise ValueError(f"--device {name}: this computer has {', '.join(here)}")
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
     return torch.device(name)
-
-
-def make_optimizer(detector, cfg):
-    """AdamW; backbone and sampling offsets learn at a fraction of the rate [Deformable DETR 5]."""
-    fast, slow = [], []
-    for name, parameter in detector.named_parameters():
-        if parameter.requires_grad:
-            is_slow = any(word in name for word in SLOW_NAMES)
-            (slow if is_slow else fast).append(parameter)
-    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": cfg.recipe.slow_lr}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.recipe.weight_decay)
-
-
-def set_learning_rate(optimizer, step, cfg):
-    """A pure function of the step: linear warm-up, then cosine or one drop. Returns the rate."""
-    r, share = cfg.recipe, step / cfg.steps
-    drop, cosine = 0.1 ** (share >= 11 / 12), 0.5 * (1 + math.cos(math.pi * share))
-    decay = cosine if r.decay == "cosine" else drop
-    lr = cfg.lr * min(1.0, (step + 1) / (r.warmup + 1)) * decay
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
-    return lr
 
 
 def agree(device, *numbers):
@@ -137,7 +121,7 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
     bar = tqdm(total=cfg.steps, initial=progress["step"], unit="step",
                disable=None if RANK == 0 else True)         # None: only where there is a terminal
     for step, batch in enumerate(loader, start=progress["step"] + 1):
-        lr = set_learning_rate(optimizer, step - 1, cfg)
+        lr = optim.set_learning_rate(optimizer, step - 1, cfg)
         objects, stopping = agree(device, sum(len(t.labels) for t in batch[2]), len(stop))
         class_loss = "focal" if step <= cfg.recipe.focal_steps else cfg.loss
         try:
@@ -177,12 +161,12 @@ def start(cfg):
         cfg = dataclasses.replace(config.from_dict(content["config"]), out=cfg.resume,
                                   resume=cfg.resume, pause=cfg.pause, device=cfg.device)
     train_set, plain_set = runs.open_train(cfg)
-    val_set = runs.open_val(cfg)
+    val_set = runs.open_val(cfg, train_set.categories)
     runs.check_queries(train_set, cfg.recipe.num_queries)
     epoch_steps = math.ceil(len(train_set) / cfg.batch)
-    cfg = dataclasses.replace(
-        cfg, out=cfg.out or str(runs.new_folder(cfg)), steps=epoch_steps * cfg.epochs or cfg.steps,
-        recipe=dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories)))
+    recipe = dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories))
+    cfg = dataclasses.replace(cfg, out=cfg.resume or str(runs.new_folder(cfg)), recipe=recipe,
+                              steps=epoch_steps * cfg.epochs or cfg.steps)
     torch.manual_seed(cfg.seed)
     detector = model.build(cfg)
     if content:
@@ -193,7 +177,7 @@ def start(cfg):
             f"{', '.join(left) or '-'}")
     elif cfg.backbone == "resnet50":
         detector.backbone.load_imagenet()
-    optimizer = make_optimizer(detector.to(pick_device(cfg.device)), cfg)
+    optimizer = optim.make_optimizer(detector.to(pick_device(cfg.device)), cfg)
     if content:
         optimizer.load_state_dict(content["optimizer"])
     return cfg, detector, optimizer, (train_set, plain_set, val_set), progress

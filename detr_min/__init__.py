@@ -5,7 +5,7 @@ Read in this order; a file imports only from files above it:
     boxes  attention  position  backbone  encoder  proposals  query_gen
     decoder_base  decoder_dac  decoder_decoupled
     matcher  tal_loss  criterion  model
-    shapes  coco_folder  data  evaluate  draw  config  checkpoints  runs
+    shapes  coco_folder  data  evaluate  draw  config  optim  checkpoints  runs
 
 Shapes use these letters, and no others:
 

@@ -1,15 +1,18 @@
 """Multi-scale deformable attention: each query reads a few points of each feature level.
 
 [Deformable DETR Eq. 2-3], the attention of both papers' decoders. `deformable_attention` is the
-arithmetic, `DeformableAttention` the module that decides where to look. Read `boxes.py` before and
-`position.py` after.
+arithmetic, `DeformableAttention` the module that decides where to look; `by_rows` at the end gives
+the same numbers sooner on a CPU and can be skipped. Read `boxes.py` before, `position.py` after.
 """
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support")      # torch calls it beta
 
 
 class Memory(NamedTuple):
@@ -34,11 +37,9 @@ def deformable_attention(value, spatial_shapes, locations, weights):
         (B, N, D)  bilinear between the centres of cells, which lie at ((i + .5)/h, (j + .5)/w);
         zero beyond the map
     Raises:
-        ValueError: the shapes do not add up, as when sizes come as (w, h) of another image
+        ValueError: the shapes do not add up to S
     """
-    if sum(h * w for h, w in spatial_shapes) != value.shape[1]:
-        raise ValueError(f"spatial_shapes {spatial_shapes} do not add up to the {value.shape[1]} "
-                         "cells of value: levels missing, or the sizes of another image?")
+    check_shapes(value, spatial_shapes)
     B, N, H, L, K, _ = locations.shape
     value = value.permute(0, 2, 3, 1).flatten(0, 1)                             # (B*H, D/H, S)
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B*H, N, L, K, 2)
@@ -49,6 +50,13 @@ def deformable_attention(value, spatial_shapes, locations, weights):
                               align_corners=False, padding_mode="zeros")        # (B*H, D/H, N, K)
         out = out + torch.einsum("bdnk,bnk->bdn", found, weights[:, :, level])  # (B*H, D/H, N)
     return out.unflatten(0, (B, H)).flatten(1, 2).transpose(1, 2)               # (B, N, D)
+
+
+def check_shapes(value, spatial_shapes):
+    """Raises ValueError where the levels do not hold the cells of value, (B, S, ...)."""
+    if sum(h * w for h, w in spatial_shapes) != value.shape[1]:
+        raise ValueError(f"spatial_shapes {spatial_shapes} do not add up to the {value.shape[1]} "
+                         "cells of value: levels missing, or the sizes of another image?")
 
 
 class DeformableAttention(nn.Module):
@@ -125,5 +133,79 @@ class DeformableAttention(nn.Module):
         locations, weights = self.look(queries, references, memory)
         with torch.autocast(queries.device.type, enabled=False):  # half precision misplaces points
             value, weights = value.to(locations.dtype), weights.to(locations.dtype)
-            out = deformable_attention(value, memory.spatial_shapes, locations, weights)
+            attend = by_rows if rows_are_faster(value) else deformable_attention
+            out = attend(value, memory.spatial_shapes, locations, weights)
         return self.output_proj(out)
+
+
+def rows_are_faster(value):
+    """`by_rows` wants a CPU and float32; tracing wants the plain form."""
+    return (value.device.type == "cpu" and value.dtype == torch.float32
+            and not torch.compiler.is_compiling())
+
+
+class GatherSum(torch.autograd.Function):
+    """out[m] = sum_t share[m, t] * table[row[m, t]]: (R, d), (M, T) int32, (M, T) -> (M, d)
+
+    The same as F.embedding_bag, whose own backward is slow: here the gradient of the shares is a
+    sampled matrix product, and that of the table the same gather the other way, rows sorted.
+    """
+
+    @staticmethod
+    def forward(ctx, table, row, share):
+        ctx.save_for_backward(table, row, share)
+        return F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        table, row, share = ctx.saved_tensors
+        (M, T), R, grad = row.shape, len(table), grad.contiguous()
+        padded = F.pad(table, (0, 0, 0, max(0, T - R)))     # torch wants entries <= columns
+        ends = torch.arange(0, M * T + 1, T, dtype=torch.int32)
+        pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
+                                          check_invariants=False)
+        grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
+        order = row.flatten().sort().indices            # entries of row 0 first, then of row 1, ...
+        ends = F.pad(row.flatten().bincount(minlength=R).cumsum(0), (1, 0))
+        grad_table = F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
+                                     per_sample_weights=share.flatten()[order])
+        return grad_table, None, grad_share.view(M, T)
+
+
+def neighbours(position, size):
+    """The two cells beside a position on one axis, and the share of each: 0 beyond the map.
+
+    Args:
+        position  in cells, 0 = the centre of the first
+        size      cells of that axis
+    Yields:
+        twice: cell, kept on the map; share, with gradient
+    """
+    low = position.detach().floor().nan_to_num()
+    for cell, share in ((low, 1 - (position - low)), (low + 1, position - low)):
+        kept = cell.clamp(min=0).minimum(size - 1)
+        yield kept.int(), share * (kept == cell)
+
+
+def by_rows(value, spatial_shapes, locations, weights):
+    """`deformable_attention` as one sum over rows of value: a query reads 4 cells for each point.
+
+    Arguments, result and errors as there.
+    """
+    check_shapes(value, spatial_shapes)
+    (B, S, H, d), (N, K) = value.shape, locations.shape[1:5:3]
+    h, w = torch.tensor(spatial_shapes, dtype=torch.int32).repeat_interleave(K, 0).T        # (L*K,)
+    first = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=torch.int32)
+    first = first.cumsum(0, dtype=torch.int32).repeat_interleave(K)                         # (L*K,)
+    first = first + torch.arange(B, dtype=torch.int32).view(B, 1, 1, 1) * S        # of each image
+    x, y = locations.flatten(3, 4).unbind(-1)                                      # (B, N, H, L*K)
+    head, rows, shares = torch.arange(H, dtype=torch.int32)[:, None], [], []
+    columns = list(neighbours(x * w - 0.5, w))
+    for i, share_y in neighbours(y * h - 0.5, h):
+        share_y = share_y * weights.flatten(3)
+        for j, share_x in columns:
+            rows.append((first + i * w + j) * H + head)
+            shares.append(share_y * share_x)
+    rows, shares = (torch.cat(t, dim=-1).view(B * N * H, -1) for t in (rows, shares))  # 4*L*K each
+    return GatherSum.apply(value.reshape(-1, d), rows, shares).view(B, N, H * d)

@@ -84,8 +84,9 @@ class Projections(nn.Module):
 
     def __init__(self, channels, d_model, num_levels):
         super().__init__()
+        channels = list(channels[:num_levels])
         extra = num_levels - len(channels)
-        sources = list(channels) + [channels[-1]] * min(extra, 1) + [d_model] * (extra - 1)
+        sources = channels + [channels[-1]] * min(extra, 1) + [d_model] * (extra - 1)
         self.num_from_backbone = len(channels)
         self.levels = nn.ModuleList()
         for level, source in enumerate(sources):
@@ -97,7 +98,7 @@ class Projections(nn.Module):
 
     def forward(self, features):
         """[(B, C, h, w), ...] of the backbone -> [(B, D, h, w), ...], L of them"""
-        levels = [project(x) for project, x in zip(self.levels, features)]
+        levels = [project(x) for project, x in zip(self.levels[:self.num_from_backbone], features)]
         x = features[-1]                   # the first extra level reads C5, the next one that level
         for project in self.levels[self.num_from_backbone:]:
             x = project(x)

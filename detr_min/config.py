@@ -20,7 +20,6 @@ class Recipe:
     decoder_layers: int = 6
     num_queries: int = 900
     num_classes: int = 80           # set from the data; nobody types it
-    class_prior: float = 0.01       # initial class probability [Focal Loss]
     max_size: int = 1333            # longest side of an image, pixels
     warmup: int = 0                 # steps of linearly growing learning rate
     decay: str = "step"             # step: x0.1 for the last 1/12 of the run; cosine: to 0
@@ -61,9 +60,9 @@ PRESETS = {
                    d_model=128, num_heads=4, num_levels=3, d_ffn=256, encoder_layers=1,
                    decoder_layers=3, num_queries=50, num_classes=4, warmup=50, decay="cosine",
                    clip=1.0, slow_lr=1.0),
-    "coco": dict(steps=3000, batch=8, size=256, lr=5e-4, d_model=128, num_levels=4, d_ffn=512,
-                 encoder_layers=2, decoder_layers=3, num_queries=100, max_size=427, warmup=100,
-                 decay="cosine", clip=1.0, slow_lr=1.0),
+    "coco": dict(steps=700, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
+                 num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
+                 warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
     "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333),
 }
 
@@ -117,9 +116,16 @@ def check(values):
 
 
 def from_dict(values):
-    """A Config from what dataclasses.asdict made of it, as checkpoints store it."""
+    """A Config from what dataclasses.asdict made of it, as checkpoints store it.
+
+    Raises:
+        ValueError: fields that this version does not know, or lacks
+    """
     values = dict(values)
-    return Config(recipe=Recipe(**values.pop("recipe")), **values)
+    try:
+        return Config(recipe=Recipe(**values.pop("recipe")), **values)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"a config of another version of this package: {error}") from error
 
 
 def parse(doc, argv=None):

@@ -135,6 +135,24 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
     return Detections(coco, image_ids, categories, read, transform, seed)
 
 
+def relabel(dataset, categories):
+    """Give a data set the labels of another, or of a checkpoint: classes are matched by name.
+
+    Args:
+        categories  [{"id", "name"}], position = label; ids may differ from the data set's
+    Raises:
+        DataError: it has objects of a class that is not among them
+    """
+    names, ids = [c["name"] for c in categories], {c["name"]: c["id"] for c in dataset.categories}
+    used = {a["category_id"] for i in dataset.image_ids for a in dataset.coco.imgToAnns.get(i, [])}
+    unknown = [name for name in ids if ids[name] in used and name not in names]
+    if unknown:
+        raise coco_folder.DataError("the images to evaluate hold objects of classes that were not "
+                                    f"trained: {', '.join(unknown)}; trained: {', '.join(names)}")
+    dataset.categories = [{"id": ids.get(name), "name": name} for name in names]
+    dataset.label_of = {ids[name]: label for label, name in enumerate(names) if name in ids}
+
+
 def keep_visible(objects):
     """Clip boxes to the picture, then drop those left without area. Clipping comes first, as
     sanitising drops whatever sticks out; the v2 classes would refuse boxes below 1 px."""

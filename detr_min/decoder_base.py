@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
 
         A deformable attention has no keys: Que says where to read the values Val(Z). The norms and
-        the residual around the FFN are the release's; the equation leaves them out.
+        the residual around the FFN are the release's; the equations leave them out.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """L layers, each with its own heads; layer by layer a box moves closer."""
+    """L layers, each with its own heads; layer by layer a box moves closer. Also [SD Eq. 1]."""
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
         super().__init__()

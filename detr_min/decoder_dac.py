@@ -36,7 +36,10 @@ class DecoderLayer(nn.Module):
         """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
 
         [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
-        [DAC Eq. 3]  is the same with Q_C in place of Q~: what differs is what came before.
+        [DAC Eq. 3]  Q' = FFN(Q + Att_cross(Que(Q), Key(Z), Val(Z))), what comes before left out
+
+        A deformable attention has no keys: Que says where to read the values Val(Z). The norms and
+        the residual around the FFN are the release's; the equations leave them out.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -56,7 +59,13 @@ class DACDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """[DAC Eq. 1-2]  Queries and a Memory -> [Predictions], one a layer, the last is meant."""
+        """Queries and a Memory -> [Predictions], one a layer, the last is the answer.
+
+        [Deformable DETR App. A.4]  b_l = sigmoid(delta_l + logit(b_(l-1)))
+
+        A layer looks around the detached b_(l-1), so it learns one correction; its loss also
+        reaches the layer before, through `base` ("look forward twice", [DINO Sec. 3.5]).
+        """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):

@@ -95,9 +95,6 @@ def one_to_many(quality, threshold=0.4, k=6):
     Differs: DEVIATION from the release, where the best query of an object is forced, a query may
         serve two objects, and a random 75 positives survive in crowded images.
     """
-    num_queries, num_objects = quality.shape
-    if num_objects == 0:
-        return quality.new_zeros(0, dtype=torch.long), quality.new_zeros(0, dtype=torch.long)
     best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]      # (k, M)
     is_positive = torch.zeros_like(quality, dtype=torch.bool).scatter_(0, best_first, True)
     is_positive &= quality >= threshold                                             # (N, M)

@@ -17,7 +17,11 @@ DECODERS = {                                    # the one place where a name bec
     "dac_decoupled": decoder_decoupled.DACDecoupledDecoder,     # both papers at once, in neither
     "split": decoder_decoupled.SplitDecoder,
 }
-QUERIES = {"two_stage": query_gen.TwoStageQueries, "task_aware": query_gen.TaskAwareQueries}
+QUERIES = {
+    "learned": query_gen.LearnedQueries,
+    "two_stage": query_gen.TwoStageQueries,
+    "task_aware": query_gen.TaskAwareQueries,
+}
 
 
 class Output(NamedTuple):
@@ -55,25 +59,15 @@ class Detector(nn.Module):
 
 
 def build(config):
-    """A Detector with random weights, as the config describes it.
-
-    Args:
-        config  a config.Config
-    Raises:
-        ValueError: a name that is none of the choices
-    """
+    """A Detector with random weights, as the config, a config.Config, describes it."""
     r = config.recipe
-    if config.model not in DECODERS:
-        raise ValueError(f"--model {config.model} is unknown; there are {', '.join(DECODERS)}")
     body = {"convnet": backbone.ConvNet, "resnet50": backbone.ResNet50}[config.backbone]()
     attention_shape = r.d_model, r.num_heads, r.num_levels, r.num_points, r.d_ffn
     decoder = DECODERS[config.model](r.decoder_layers, *attention_shape, r.num_classes)
     num_sets = getattr(decoder, "num_sets", 1)
+    queries = QUERIES[config.queries](r.num_queries, r.d_model, r.num_classes, num_sets)
     if config.queries == "learned":
-        queries = query_gen.LearnedQueries(r.num_queries, r.d_model)
         with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
             decoder.box_heads[0][-1].bias[2:] = -2
-    else:
-        queries = QUERIES[config.queries](r.num_queries, r.d_model, r.num_classes, num_sets)
     return Detector(body, backbone.Projections(body.channels, r.d_model, r.num_levels),
                     encoder.Encoder(r.encoder_layers, *attention_shape), queries, decoder)

@@ -29,8 +29,9 @@ class LearnedQueries(nn.Module):
     [Deformable DETR Sec. 4.1], without two-stage.
     """
 
-    def __init__(self, num_queries, d_model):
+    def __init__(self, num_queries, d_model, num_classes, num_sets):
         super().__init__()
+        self.num_sets = num_sets
         self.pos_and_content = nn.Parameter(torch.randn(num_queries, 2 * d_model))
         self.reference_points = nn.Linear(d_model, 2)
         nn.init.xavier_uniform_(self.reference_points.weight)
@@ -40,8 +41,10 @@ class LearnedQueries(nn.Module):
         """A Memory -> Queries; the references are points, (B, N, 2)"""
         B = memory.tokens.shape[0]
         pos, content = self.pos_and_content.expand(B, -1, -1).chunk(2, dim=-1)           # (B, N, D)
-        points = self.reference_points(pos).sigmoid()                                    # (B, N, 2)
-        return Queries(content[None], pos[None], points, proposals=None)
+        with torch.autocast(pos.device.type, enabled=False):     # half precision misplaces
+            points = self.reference_points(pos).sigmoid()                                # (B, N, 2)
+        sets = (self.num_sets, -1, -1, -1)
+        return Queries(content.expand(sets), pos.expand(sets), points, proposals=None)
 
 
 class TwoStageQueries(nn.Module):

@@ -28,12 +28,15 @@ def open_train(cfg):
     return augmented, plain
 
 
-def open_val(cfg):
-    """The validation set of a run; the same shapes for every seed."""
+def open_val(cfg, categories):
+    """The validation set of a run, labelled as it was trained; the same shapes for every seed."""
     test = data.resize(cfg.size, cfg.recipe.max_size)
-    if not cfg.coco:
-        return data.open_shapes("val", test, NUM_VAL_SHAPES, cfg.size)
-    return data.open_folder(cfg.coco, "val", test, class_names=class_names(cfg))
+    if cfg.coco:
+        dataset = data.open_folder(cfg.coco, "val", test, class_names=class_names(cfg))
+    else:
+        dataset = data.open_shapes("val", test, NUM_VAL_SHAPES, cfg.size)
+    data.relabel(dataset, categories)
+    return dataset
 
 
 def class_names(cfg):

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def coco_sample():
-    """The folder with bccd/, coco_cc/, tiny_fixture/, coco_edge_cases_synthetic/; skips without it."""
+    """The folder that holds bccd/, coco_cc/ and the other sample sets; skips without it."""
     if not os.environ.get("COCO_SAMPLE"):
         pytest.skip("set COCO_SAMPLE to a folder with sample data sets")
     return pathlib.Path(os.environ["COCO_SAMPLE"])

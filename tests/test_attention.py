@@ -151,10 +151,32 @@ def test_gradients():
         lambda value, *at: attention.deformable_attention(value, SHAPES, *at), inputs)
 
 
-def test_shapes_that_do_not_add_up():
+def test_by_rows_by_definition():
+    """The CPU's form of [Deformable DETR Eq. 3], far points and points on borders included."""
+    value, locations, weights = random_inputs()
+    locations[0, 0, 0, 0] = torch.tensor([[0., 1.], [1e6, -1e6], [0.5, -0.125]])
+    assert_close(attention.by_rows(value, SHAPES, locations, weights),
+                 by_definition(value, SHAPES, locations, weights), **EXACT)
+
+
+def test_by_rows_has_the_same_gradients():
+    """Value has 2 * 30 * 2 = 120 rows; a sum has 4 * 2 * K terms: fewer, then more than that."""
+    for K in (3, 20):
+        inputs, found = random_inputs(K=K), []
+        for form in (attention.deformable_attention, attention.by_rows):
+            value, locations, weights = [x.clone().requires_grad_() for x in inputs]
+            out = form(value, SHAPES, locations, weights)
+            (out * random(*out.shape, seed=9)).sum().backward()
+            found.append([out, value.grad, locations.grad, weights.grad])
+        for plain, rows in zip(*found):
+            assert_close(rows, plain, **EXACT)
+
+
+@pytest.mark.parametrize("attend", [attention.deformable_attention, attention.by_rows])
+def test_shapes_that_do_not_add_up(attend):
     value, locations, weights = random_inputs()
     with pytest.raises(ValueError, match="30 cells.*levels missing"):
-        attention.deformable_attention(value, SHAPES[:1], locations, weights)
+        attend(value, SHAPES[:1], locations[:, :, :, :1], weights[:, :, :, :1])
 
 
 # DeformableAttention: where to look
@@ -300,13 +322,17 @@ def test_each_query_is_read_alone():
 
 def test_points_are_placed_in_float32_under_autocast(monkeypatch):
     """bfloat16 has 8 bits: between 1/2 and 1 its numbers are 1/256 apart, 0.4 of 100 cells."""
-    seen, arithmetic = [], attention.deformable_attention
+    seen, plain, rows = [], attention.deformable_attention, attention.by_rows
 
-    def spy(value, spatial_shapes, locations, weights):
-        seen.extend([value.dtype, locations.dtype, weights.dtype, torch.is_autocast_enabled("cpu")])
-        return arithmetic(value, spatial_shapes, locations, weights)
+    def spy_on(arithmetic):
+        def spy(value, spatial_shapes, locations, weights):
+            seen.extend([value.dtype, locations.dtype, weights.dtype])
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return arithmetic(value, spatial_shapes, locations, weights)
+        return spy
 
-    monkeypatch.setattr(attention, "deformable_attention", spy)
+    monkeypatch.setattr(attention, "deformable_attention", spy_on(plain))
+    monkeypatch.setattr(attention, "by_rows", spy_on(rows))
     memory = a_memory()
     memory = memory._replace(tokens=memory.tokens.float(), valid_ratios=memory.valid_ratios.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -23,7 +23,7 @@ def saved(path, categories=CATEGORIES, **changes):
 @pytest.mark.parametrize("name", list(model.DECODERS))
 def test_load_model_gives_the_same_detector_back(name, tmp_path):
     detector = saved(tmp_path / "last.pt", model=name)
-    loaded = checkpoints.load_model(tmp_path)                        # a run folder means its last.pt
+    loaded = checkpoints.load_model(tmp_path)                # a run folder means its last.pt
     images = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     is_pad = torch.zeros(1, 64, 48, dtype=torch.bool)
     for ours, theirs in zip(loaded(images, is_pad).o_decoder, detector(images, is_pad).o_decoder):
@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is the disk full.*still holds the state saved before"):
         saved(tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]      # and no half-written one beside it
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]  # and no half-written one beside it
 
 
 def test_broken_and_foreign_files_are_refused_in_a_sentence(tmp_path):
@@ -55,7 +55,7 @@ def test_broken_and_foreign_files_are_refused_in_a_sentence(tmp_path):
     torch.save({"encoder.weight": torch.ones(2)}, tmp_path / "foreign.pt")
     (tmp_path / "empty").mkdir()
     for path, message in ((half, "broken or half-copied"), (text, "broken or half-copied"),
-                          (tmp_path / "foreign.pt", "not a checkpoint of this package.*encoder.weight"),
+                          (tmp_path / "foreign.pt", "not a checkpoint of this.*encoder.weight"),
                           (tmp_path / "nowhere.pt", "does not exist"),
                           (tmp_path / "empty", "holds no last.pt")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

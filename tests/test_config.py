@@ -20,7 +20,7 @@ def test_unknown_names_are_refused_by_name():
 
 
 def test_paper_r50_is_the_recipe_of_the_release():
-    """Table of the release's settings: 900 queries, FFN 2048, 6 + 6 layers, lr 2e-4, clip .1, 12 epochs."""
+    """The release's settings, as its launch scripts and defaults have them."""
     cfg, r = config.preset("paper_r50"), config.preset("paper_r50").recipe
     assert (r.num_queries, r.d_ffn, r.encoder_layers, r.decoder_layers) == (900, 2048, 6, 6)
     assert (cfg.lr, cfg.batch, cfg.epochs, cfg.size, r.max_size) == (2e-4, 16, 12, 800, 1333)

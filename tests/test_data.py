@@ -357,7 +357,7 @@ def test_impossible_parts_are_refused(tmp_path):
             ({"class_names": ("cat", "zebra")}, r"no class 'zebra'\. It has: cat, dog, bird")):
         with pytest.raises(coco_folder.DataError, match=sentence):
             data.open_folder(tmp_path, "train", KEEP_SIZE, **arguments)
-    with pytest.raises(coco_folder.DataError, match="at least one image of shapes .* asked for 0"):
+    with pytest.raises(coco_folder.DataError, match="asked for 0 images of shapes"):
         data.open_shapes("train", KEEP_SIZE, 0)
 
 

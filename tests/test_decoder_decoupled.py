@@ -1,4 +1,4 @@
-"""SD-DETR's claims as tests: a self-attention for both tasks, a cross-attention for each [SD Eq. 3].
+"""SD-DETR's claims as tests: one self-attention, a cross-attention for each task [SD Eq. 3].
 
 Everything in float64, on two feature levels.
 """
@@ -26,11 +26,11 @@ def some_queries(generator):
 
 
 def shaken(module, generator):
-    """In float64, every parameter off its initial value: no zeros, no symmetry left to hide behind."""
+    """In float64, every parameter off its initial value: no zeros, no symmetry to hide behind."""
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).double()
     return module
 
 
@@ -64,7 +64,7 @@ def test_o_decoder_by_definition(decoder, generator):
     """[SD Eq. 3] {self-att(cat(Q_cls, Q_loc)), cross-att_t(Q_t), FFN_t(Q_t)} x L, written out."""
     queries, memory = some_queries(generator), a_memory(generator)
     (x_cls, x_loc), (pos_cls, pos_loc), ref = queries.content, queries.pos, queries.ref_boxes
-    for l, (layer, p) in enumerate(zip(decoder.layers, decoder.o_decoder(queries, memory))):
+    for depth, (layer, p) in enumerate(zip(decoder.layers, decoder.o_decoder(queries, memory))):
         x = torch.cat([x_cls, x_loc], dim=1)                            # 2N tokens of width D
         pos = torch.cat([pos_cls, pos_loc], dim=1)
         x = layer.norm_self(x + layer.self_attn(x + pos, x + pos, x)[0])
@@ -73,8 +73,9 @@ def test_o_decoder_by_definition(decoder, generator):
         x_loc = layer.loc.norm_cross(x_loc + layer.loc.cross_attn(x_loc + pos_loc, ref, memory))
         x_cls = layer.cls.norm_ffn(x_cls + layer.cls.ffn(x_cls))
         x_loc = layer.loc.norm_ffn(x_loc + layer.loc.ffn(x_loc))
-        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[l](x_loc))
-        assert_close(p, boxes.Predictions(decoder.class_heads[l](x_cls), ref), atol=1e-12, rtol=0)
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[depth](x_loc))
+        expected = boxes.Predictions(decoder.class_heads[depth](x_cls), ref)
+        assert_close(p, expected, atol=1e-12, rtol=0)
         assert p.logits.shape == (2, N, 3)                                  # N answers, never 2N
 
 
@@ -82,11 +83,12 @@ def test_c_decoder_by_definition(decoder, generator):
     """[DAC Eq. 3] over [SD Eq. 3]  The same without self-attention. In neither paper."""
     queries, memory = some_queries(generator), a_memory(generator)
     x, ref = list(queries.content), queries.ref_boxes
-    for l, (layer, p) in enumerate(zip(decoder.layers, decoder.c_decoder(queries, memory))):
+    for depth, (layer, p) in enumerate(zip(decoder.layers, decoder.c_decoder(queries, memory))):
         x = [branch.gather(x_t, pos_t, ref, memory)
              for branch, x_t, pos_t in zip((layer.cls, layer.loc), x, queries.pos)]
-        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[l](x[1]))
-        assert_close(p, boxes.Predictions(decoder.class_heads[l](x[0]), ref), atol=1e-12, rtol=0)
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + decoder.box_heads[depth](x[1]))
+        expected = boxes.Predictions(decoder.class_heads[depth](x[0]), ref)
+        assert_close(p, expected, atol=1e-12, rtol=0)
 
 
 def test_both_decoders_are_the_two_passes(decoder, generator):
@@ -100,12 +102,12 @@ def test_split_decoder_is_two_decoders(generator):
     queries, memory = some_queries(generator), a_memory(generator)
     split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
     x, ref = list(queries.content), queries.ref_boxes
-    for l, p in enumerate(split.o_decoder(queries, memory)):
-        layers = split.cls_layers[l], split.loc_layers[l]
+    for depth, p in enumerate(split.o_decoder(queries, memory)):
+        layers = split.cls_layers[depth], split.loc_layers[depth]
         x = [layer.gather(layer.disperse(x_t, pos_t), pos_t, ref, memory)
              for layer, x_t, pos_t in zip(layers, x, queries.pos)]
-        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + split.box_heads[l](x[1]))
-        assert_close(p, boxes.Predictions(split.class_heads[l](x[0]), ref), atol=1e-12, rtol=0)
+        ref = torch.sigmoid(torch.log(ref / (1 - ref)) + split.box_heads[depth](x[1]))
+        assert_close(p, boxes.Predictions(split.class_heads[depth](x[0]), ref), atol=1e-12, rtol=0)
 
 
 # --- the invariants of [SD Eq. 3] -----------------------------------------------------------------
@@ -205,10 +207,10 @@ def test_look_forward_twice(decoder, generator):
     queries, memory = some_queries(generator), a_memory(generator)
     for module, run in ((decoder, decoder.o_decoder), (decoder, decoder.c_decoder),
                         (split, split.o_decoder)):
-        for l, p in enumerate(run(queries, memory)):
+        for depth, p in enumerate(run(queries, memory)):
             sizes = gradient_sizes(p.boxes.square().sum(), module)
             reached = [max(within(sizes, f"box_heads.{head}")) > 0 for head in range(3)]
-            assert reached == [l - 1 <= head <= l for head in range(3)]
+            assert reached == [depth - 1 <= head <= depth for head in range(3)]
 
 
 # --- what it costs --------------------------------------------------------------------------------

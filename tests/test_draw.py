@@ -159,6 +159,17 @@ def test_points_are_placed_on_the_image_without_its_padding():
     torch.testing.assert_close(points.mean(1), references[:, :2], rtol=0, atol=1e-5)
 
 
+def test_points_and_boxes_are_drawn_in_pixels(tmp_path):
+    """On an image of 64 x 96 pixels: the mean of the points is the centre of the dashed box."""
+    detector = tiny("deformable")
+    image, is_pad = torch.rand(3, 64, 96), torch.zeros(64, 96, dtype=torch.bool)
+    figure = draw.sampling_points(detector, image, is_pad, tmp_path / "a.png", NAMES)
+    for axes in figure.axes:
+        [(x, y, w, h, _)] = [r for r in rectangles(axes) if r[4] == "--"]
+        x_mean, y_mean = axes.collections[0].get_offsets().mean(0)
+        assert (x_mean, y_mean) == pytest.approx((x + w / 2, y + h / 2), abs=0.01)
+
+
 def test_reference_points_are_drawn_as_crosses(tmp_path):
     detector = tiny("deformable_fixed", queries="learned")
     image, is_pad = torch.rand(3, 64, 64), torch.zeros(64, 64, dtype=torch.bool)

@@ -271,8 +271,9 @@ def test_pycocotools_prints_nothing_and_the_json_stays_as_it_was(capsys):
 
 
 def test_table_can_be_read():
-    table = evaluate.coco_metrics(make_coco(), list(OBJECTS), perfect(), CATEGORIES)[1].splitlines()
-    assert table[0] == "3 images, 4 objects"
+    coco = make_coco(crowds=[(11, 3, 55, 45, 45, 35)])
+    table = evaluate.coco_metrics(coco, list(OBJECTS), perfect(), CATEGORIES)[1].splitlines()
+    assert table[0] == "3 images, 4 objects"                # a crowd is none
     assert table[1].split() == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
     assert table[2].split() == ["1.000"] * 5 + ["n/a", "1.000"]     # objects of 400 to 2500 pixels
     assert [line.split() for line in table[4:]] == [

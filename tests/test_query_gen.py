@@ -41,7 +41,7 @@ def a_memory(shapes=SHAPES, B=2):
 
 def test_learned_queries():
     """[Deformable DETR Sec. 4.1] the same for every image; the point is read off the position."""
-    ask = randomise(query_gen.LearnedQueries(5, D))
+    ask = randomise(query_gen.LearnedQueries(5, D, 4, num_sets=2))
     queries = ask(a_memory())
     pos, content = ask.pos_and_content[:, :D], ask.pos_and_content[:, D:]
     linear = ask.reference_points
@@ -50,7 +50,7 @@ def test_learned_queries():
         assert_close(queries.content[0, image], content, **EXACT)
         points = (pos @ linear.weight.T + linear.bias).sigmoid()
         assert_close(queries.ref_boxes[image], points, **EXACT)
-    assert queries.content.shape == queries.pos.shape == (1, 2, 5, D)
+    assert queries.content.shape == queries.pos.shape == (2, 2, 5, D)
     assert queries.ref_boxes.shape == (2, 5, 2) and queries.proposals is None
     queries.ref_boxes.sum().backward()                  # points are learned: nothing is detached
     assert linear.weight.grad.abs().max() > 1e-3 and ask.pos_and_content.grad.abs().max() > 1e-3

@@ -73,7 +73,7 @@ def test_level_of_is_that_of_feature_pyramid_networks(generator):
     """[Feature Pyramid Networks Eq. 1]  torchvision's own map, for levels of stride 8, 16, 32."""
     w, h = 800, 640
     levels = [torch.zeros(1, 1, h // s, w // s, dtype=torch.float64) for s in (8, 16, 32)]
-    side = 2 ** (torch.rand(200, generator=generator, dtype=torch.float64) * 7 + 3)     # 8 to 1024 px
+    side = 2 ** (torch.rand(200, generator=generator).double() * 7 + 3)         # 8 to 1024 px
     ref_boxes = torch.stack([side * 0, side * 0, side / w, side / h], -1).clamp(max=1)
     xyxy_px = torch.stack([side * 0, side * 0, ref_boxes[:, 2] * w, ref_boxes[:, 3] * h], -1)
     expected = LevelMapper(3, 5)([xyxy_px]).to(torch.int64)         # 0, 1, 2 for strides 8, 16, 32

@@ -1,4 +1,4 @@
-"""The training program as a person uses it: a run folder, resume, Ctrl-C, two processes, mistakes."""
+"""The training program as a person uses it: run folder, resume, Ctrl-C, two processes, mistakes."""
 import json
 import os
 import pathlib
@@ -36,6 +36,12 @@ def weights(folder):
     return checkpoints.read(folder)["model"]
 
 
+def log_of(folder):
+    """log.jsonl without its times."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("val")) for line in lines]
+
+
 def assert_same_weights(a, b, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
@@ -62,7 +68,7 @@ def test_each_variant_trains_and_leaves_a_complete_run_folder(words, monkeypatch
 def test_the_log_line_adds_up(monkeypatch, tmp_path):
     run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "run")
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    parts = sum(line[name][term] for name in ("O", "C", "encoder") for term in ("cls", "l1", "giou"))
+    parts = sum(line[name][term] for name in ("O", "C", "encoder") for term in runs.TERMS)
     assert line["loss"] == pytest.approx(parts) and line["O"]["pairs"] == line["objects"]
 
 
@@ -77,9 +83,7 @@ def test_two_and_two_epochs_are_four(monkeypatch, tmp_path):
     assert_same_weights(straight["model"], paused["model"], rtol=0, atol=0)
     for a, b in zip(straight["optimizer"]["state"].values(), paused["optimizer"]["state"].values()):
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
-    logs = [[(line["step"], line.get("loss"), line.get("val")) for line in map(json.loads, (
-        tmp_path / name / "log.jsonl").read_text().splitlines())] for name in ("straight", "paused")]
-    assert logs[0] == logs[1]
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "paused")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, tmp_path, capsys):
@@ -115,14 +119,14 @@ def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):
 
 
 def test_a_loss_that_turns_nan_names_images_and_learning_rate(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"step \d+, learning rate 1e\+20: .*\(images \[\d+, \d+\]\)"):
+    with pytest.raises(ValueError, match=r"step \d+, learning rate .*e\+\d+: .*\(images \[\d+, \d"):
         run(monkeypatch, *SMALL, "--steps", 50, "--lr", "1e20", "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_fewer_queries_than_objects_is_refused_before_training(monkeypatch, tmp_path):
     monkeypatch.setitem(train.config.PRESETS["shapes"], "num_queries", 1)
-    with pytest.raises(ValueError, match=r"image \d+ holds \d objects but the preset has 1 queries"):
+    with pytest.raises(ValueError, match=r"image \d+ holds \d objects but .* 1 queries"):
         run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
 
 
@@ -144,13 +148,13 @@ def test_init_from_starts_where_the_other_ended(monkeypatch, tmp_path, capsys):
     assert "0 tensors start at random" in capsys.readouterr().out
 
 
-def program(*words, processes=1, **options):
+def program(*words, processes=1):
     """train.py as a program of its own, or on several processes under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                 "--standalone"] if processes > 1 else [sys.executable]
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, words)], text=True, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, words)], text=True,
+                            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
@@ -162,21 +166,22 @@ def test_two_processes_do_what_one_does(tmp_path):
     empty = {image["id"] for image in coco["images"][:2]}
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] not in empty]
     path.write_text(json.dumps(coco))
-    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 6, "--device", "cpu"]
+    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 6]
     finals = []
     for processes in (1, 2):
         child = program(*words, "--out", tmp_path / f"run{processes}", processes=processes)
         assert child.wait(300) == 0, child.stderr.read()
         finals.append(weights(tmp_path / f"run{processes}"))
-    assert_same_weights(*finals, rtol=1e-3, atol=1e-4)      # sums of floats in another order, 6 Adam steps
-    metrics = [json.loads((tmp_path / f"run{p}" / "metrics.json").read_text())["AP"] for p in (1, 2)]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+    assert_same_weights(*finals, rtol=1e-3, atol=1e-4)      # sums in another order, 6 steps of Adam
+    first, second = (json.loads((tmp_path / f"run{p}" / "metrics.json").read_text())["AP"]
+                     for p in (1, 2))
+    assert first == pytest.approx(second, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_loses_only_the_steps_since_the_last_save(tmp_path):
     shapes.write_folder(tmp_path / "data", 4, 4, size_px=64)
-    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 40, "--device", "cpu"]
+    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 40]
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     child = program(*words, "--out", killed)
     while child.poll() is None and not (killed / "last.pt").exists():

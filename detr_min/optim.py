@@ -1,0 +1,31 @@
+"""AdamW for a detector, and its learning rate as a pure function of the step.
+
+[Deformable DETR Sec. 5], as in the DAC-DETR release. Read after `config.py`.
+"""
+import math
+
+import torch
+
+SLOW_NAMES = "backbone.", "sampling_offsets", "reference_points"
+
+
+def make_optimizer(detector, cfg):
+    """AdamW; backbone and sampling offsets learn at a fraction of the rate [Deformable DETR 5]."""
+    fast, slow = [], []
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            is_slow = any(word in name for word in SLOW_NAMES)
+            (slow if is_slow else fast).append(parameter)
+    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": cfg.recipe.slow_lr}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.recipe.weight_decay)
+
+
+def set_learning_rate(optimizer, step, cfg):
+    """A pure function of the step: linear warm-up, then cosine or one drop. Returns the rate."""
+    r, share = cfg.recipe, step / cfg.steps
+    drop, cosine = 0.1 ** (share >= 11 / 12), 0.5 * (1 + math.cos(math.pi * share))
+    decay = cosine if r.decay == "cosine" else drop
+    lr = cfg.lr * min(1.0, (step + 1) / (r.warmup + 1)) * decay
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    return lr
