@@ -9,6 +9,7 @@ Photos are drawn into --out, else RUN/photos. With --out, AP is also written the
 """
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -31,12 +32,15 @@ def parse(argv=None):
     parser.add_argument("--photos", metavar="FILE_OR_FOLDER", help="draw detections on these")
     parser.add_argument("--points", metavar="FILE", help="draw the sampling points of this photo")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn")
-    parser.add_argument("--top_k", type=int, default=100, help="detections an image")
+    parser.add_argument("--top_k", type=int, default=0, help="detections an image; 0: preset's")
+    parser.add_argument("--nms", type=float, metavar="IOU", help="drop boxes that overlap a better "
+                        "one of their class by more; DAC-DETR's release is tested with .8")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", metavar="DIR", help="folder of results")
     args = parser.parse_args(argv)
-    if args.images < 0 or args.top_k < 1 or not 0 <= args.threshold <= 1:
-        parser.error("--images is at least 0, --top_k at least 1, --threshold in [0, 1]")
+    if min(args.images, args.top_k) < 0 or not 0 <= args.threshold <= 1 or not (
+            args.nms is None or 0 < args.nms <= 1):
+        parser.error("--images and --top_k are at least 0, --threshold and --nms in [0, 1]")
     return args
 
 
@@ -58,11 +62,11 @@ def photos(root, cfg):
         raise ValueError(f"{root}: no readable picture among {len(paths)} files")
 
 
-def draw_photos(detector, names, args, out):
+def draw_photos(detector, find, names, args, out):
     """--photos: a png each, and all that was drawn in detections.json."""
     rows = []
     for file, picture, image in photos(pathlib.Path(args.photos), detector.config):
-        [found] = evaluate.detect(detector, [image], [tuple(picture.shape[-2:])], args.top_k)
+        [found] = find(detector, [image], [tuple(picture.shape[-2:])])
         draw.photo(picture, found, names, out / f"{file}.png", args.threshold)
         columns = (found[key].tolist() for key in ("labels", "scores", "boxes_xyxy"))
         rows += [{"file": file, "label": names[label], "score": score, "box_xyxy": box}
@@ -77,20 +81,24 @@ def main(argv=None):
     detector = checkpoints.load_model(args.weights)
     cfg, names = detector.config, [category["name"] for category in detector.categories]
     detector.to(train.pick_device(args.device))
+    find = functools.partial(evaluate.detect, top_k=args.top_k or cfg.recipe.detections,
+                             nms=args.nms)
     run = pathlib.Path(args.weights)
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
+    if args.photos and out.resolve() == pathlib.Path(args.photos).resolve():
+        raise ValueError(f"--out {out} is where the photos are: take another folder for drawings")
     if args.out or args.photos or args.points:
         out.mkdir(parents=True, exist_ok=True)
     if args.coco or not (args.photos or args.points):
         dataset = runs.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
                                 detector.categories)
         dataset.image_ids = dataset.image_ids[:args.images or None]
-        metrics, table = evaluate.evaluate(detector, dataset, cfg.batch, args.top_k, cfg.precision)
+        metrics, table = evaluate.evaluate(detector, dataset, cfg.batch, find, cfg.precision)
         print(table)
         if args.out:
             (out / "eval.json").write_text(json.dumps(metrics, indent=1))
     if args.photos:
-        draw_photos(detector, names, args, out)
+        draw_photos(detector, find, names, args, out)
     for file, _, image in photos(pathlib.Path(args.points), cfg) if args.points else ():
         is_pad, png = torch.zeros(image.shape[1:], dtype=torch.bool), out / f"{file}.points.png"
         draw.sampling_points(detector, image, is_pad, png, names)

@@ -8,9 +8,10 @@
     torchrun --nproc_per_node=2 train.py                   # the same run on two processes
 
 A run folder gets config.json, log.jsonl, last.pt, best.pt and, at the end, metrics.json, curves.png
-and predictions.png. Exit status: 0 done, 1 refused or failed, 130 stopped by Ctrl-C.
+and predictions.png. Exit status: 0 done, 1 failed, 2 flags refused, 130 Ctrl-C.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,9 +24,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from detr_min import checkpoints, config, criterion, data, draw, evaluate, model, optim, runs
+from detr_min import checkpoints, config, criterion, data, denoising, draw, evaluate, optim, runs
 
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
+NOT_FINITE = "the loss or its gradient is not finite: a lower --lr may help"
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 
@@ -56,26 +58,43 @@ def pick_device(name):
 def agree(device, *numbers):
     """Numbers of this process -> their means over all processes."""
     if WORLD == 1:
-        return numbers
+        return list(numbers)
     means = torch.tensor(numbers, dtype=torch.float32, device=device)
     dist.all_reduce(means)
     return (means / WORLD).tolist()
 
 
-def losses_of(runner, batch, class_loss, precision, device, num_objects):
+def losses_of(runner, batch, cfg, step, num_objects):
     """Forward pass and loss of a batch: criterion's parts, or a ValueError naming its images."""
-    images, is_pad, targets = batch
-    targets = [t._replace(labels=t.labels.to(device), boxes=t.boxes.to(device)) for t in targets]
+    device = next(runner.parameters()).device
+    images, is_pad = (t.to(device) for t in batch[:2])
+    targets = [t._replace(labels=t.labels.to(device), boxes=t.boxes.to(device)) for t in batch[2]]
+    name = cfg.loss
+    if name == "focal_then_tal":                            # ours: SD-DETR's loss starts slowly
+        name = "focal" if step <= cfg.steps / 5 else "tal"
+    class_loss = criterion.CLASS_LOSSES[name]
+    assign_c = criterion.C_ASSIGNMENTS.get(cfg.model, criterion.paper_assignment)
+    noisy = None
+    if cfg.recipe.dn_number:
+        generator = data.generator(cfg.seed, step, RANK)    # so a resumed run sees the same noise
+        noisy = denoising.noisy_copies(targets, cfg.recipe.num_classes, generator,
+                                       cfg.recipe.dn_number)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = runner(images.to(device), is_pad.to(device))
-        parts = criterion.detection_loss(output, targets, max(num_objects, 1.0),
-                                         criterion.CLASS_LOSSES[class_loss])
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            output = runner(images, is_pad, noisy)
+        parts = criterion.detection_loss(output, targets, max(num_objects, 1.0), class_loss,
+                                         assign_c)
         if not criterion.total(parts).isfinite():
-            raise ValueError("the loss is not finite")
+            raise ValueError(NOT_FINITE)
     except ValueError as error:
         raise ValueError(f"{error} (images {[t.image_id for t in targets]})") from error
     return parts
+
+
+def leave_signals_to_the_main_process(worker):
+    """Ctrl-C reaches workers that read pictures as well; it is the training loop that stops."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def save(name, cfg, detector, optimizer, categories, progress):
@@ -92,8 +111,7 @@ def validate(cfg, detector, optimizer, val_set, progress, log):
     if RANK == 0:
         scores = {name: value for name, value in metrics.items() if name.startswith("AP")}
         log.write({"step": progress["step"], "val": scores},
-                  f"step {progress['step']} | validation AP {metrics['AP'] or 0:.3f}, "
-                  f"AP50 {metrics['AP50'] or 0:.3f}")
+                  f"step {progress['step']} | validation {evaluate.headline(metrics)}")
         if (metrics["AP"] or 0) >= progress["best_AP"]:         # None where nothing is to be found
             progress["best_AP"] = metrics["AP"] or 0
             save("best.pt", cfg, detector, optimizer, val_set.categories, progress)
@@ -112,33 +130,37 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
                            RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         train_set, batch_sampler=batches, collate_fn=data.collate, pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
         num_workers=min(4, os.cpu_count() // 2) if cfg.coco else 0)
     every_log, every_save, every_eval = (math.ceil(cfg.steps / n)
                                          for n in (NUM_LOGS, NUM_SAVES, NUM_EVALS))
     stop = []                           # Ctrl-C is looked at between steps, so that no step is torn
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: sys.exit("stopped at once") if stop else stop.append(1))
+    result = None
     bar = tqdm(total=cfg.steps, initial=progress["step"], unit="step",
                disable=None if RANK == 0 else True)         # None: only where there is a terminal
     for step, batch in enumerate(loader, start=progress["step"] + 1):
         lr = optim.set_learning_rate(optimizer, step - 1, cfg)
         objects, stopping = agree(device, sum(len(t.labels) for t in batch[2]), len(stop))
-        class_loss = "focal" if step <= cfg.recipe.focal_steps else cfg.loss
         try:
-            parts = losses_of(runner, batch, class_loss, cfg.precision, device, objects)
+            parts = losses_of(runner, batch, cfg, step, objects)
+            optimizer.zero_grad()
+            criterion.total(parts).backward()
+            norm = torch.nn.utils.clip_grad_norm_(detector.parameters(), cfg.recipe.clip)
+            if not norm.isfinite():             # before the weights are spoilt, and saved
+                raise ValueError(f"{NOT_FINITE} (images {[t.image_id for t in batch[2]]})")
         except ValueError as error:
-            raise ValueError(f"step {step}, learning rate {lr:.2g}: {error}. A lower --lr may "
-                             f"help; step {progress['saved']} is the last one saved.") from error
-        optimizer.zero_grad()
-        criterion.total(parts).backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), cfg.recipe.clip)
+            raise ValueError(f"step {step}, learning rate {lr:.2g}: {error}; step "
+                             f"{progress['saved']} is the last one saved") from error
         optimizer.step()
         bar.update()
         log.add(parts, objects=objects)
         progress["step"], halt = step, stopping > 0 or step == cfg.pause
         if step % every_log == 0 or step == cfg.steps or halt:
             steps = len(log.steps)
-            line = log.line(step, epoch=step * cfg.batch / len(train_set), lr=lr)
+            line = log.line(step, functools.partial(agree, device), lr=lr,
+                            epoch=step * cfg.batch / len(train_set))
             progress["seconds"] += line["ms"] * steps / 1000
             progress["cpu_seconds"] += line["cpu_s"] * steps
             log.write(line, runs.describe(line), visible=RANK == 0)
@@ -149,38 +171,9 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
         if halt:
             break
     bar.close()
-    return result if progress["step"] == cfg.steps else None
-
-
-def start(cfg):
-    """Everything a run needs: its config, model, optimizer, data sets and progress."""
-    progress = {"step": 0, "saved": 0, "seconds": 0.0, "cpu_seconds": 0.0, "best_AP": 0.0}
-    content = checkpoints.read(cfg.resume) if cfg.resume else None
-    if content:
-        progress = content["progress"]
-        cfg = dataclasses.replace(config.from_dict(content["config"]), out=cfg.resume,
-                                  resume=cfg.resume, pause=cfg.pause, device=cfg.device)
-    train_set, plain_set = runs.open_train(cfg)
-    val_set = runs.open_val(cfg, train_set.categories)
-    runs.check_queries(train_set, cfg.recipe.num_queries)
-    epoch_steps = math.ceil(len(train_set) / cfg.batch)
-    recipe = dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories))
-    cfg = dataclasses.replace(cfg, out=cfg.resume or str(runs.new_folder(cfg)), recipe=recipe,
-                              steps=epoch_steps * cfg.epochs or cfg.steps)
-    torch.manual_seed(cfg.seed)
-    detector = model.build(cfg)
-    if content:
-        detector.load_state_dict(content["model"])
-    elif cfg.init_from:
-        left = checkpoints.init_from(detector, train_set.categories, cfg.init_from)
-        say(f"weights from {cfg.init_from}; {len(left)} tensors start at random: "
-            f"{', '.join(left) or '-'}")
-    elif cfg.backbone == "resnet50":
-        detector.backbone.load_imagenet()
-    optimizer = optim.make_optimizer(detector.to(pick_device(cfg.device)), cfg)
-    if content:
-        optimizer.load_state_dict(content["optimizer"])
-    return cfg, detector, optimizer, (train_set, plain_set, val_set), progress
+    if progress["step"] < cfg.steps:
+        return None
+    return result or validate(cfg, detector, optimizer, val_set, progress, log)
 
 
 def finish(cfg, detector, plain_set, val_set, progress, metrics):
@@ -195,22 +188,25 @@ def finish(cfg, detector, plain_set, val_set, progress, metrics):
         draw.curves(out / "log.jsonl", out / "curves.png")
         draw.predictions(detector, val_set, out / "predictions.png")
         (out / "metrics.json").write_text(json.dumps(numbers, indent=2))
-        say(f"AP {train_metrics['AP'] or 0:.3f} on {len(plain_set)} training images as they are\n"
+        say(f"{evaluate.headline(train_metrics)} on {len(plain_set)} training images as they are\n"
             f"{cfg.steps} steps of {cfg.batch} images in {progress['seconds']:.0f} s "
             f"({progress['cpu_seconds']:.0f} CPU-seconds); see {out}/predictions.png, curves.png\n"
-            f"AP {metrics['AP'] or 0:.3f}  AP50 {metrics['AP50'] or 0:.3f}")
+            f"{evaluate.headline(metrics)}")
 
 
 def main():
     """Run the command line."""
     cfg, given = config.parse(__doc__)
     other = given - {"resume", "pause", "device"}
+    if "resume" in given and not cfg.resume:
+        raise ValueError("--resume is empty: the name of a run folder is missing")
     if cfg.resume and other:
         raise ValueError("--resume goes on with the run's own flags; leave out "
                          f"--{' --'.join(sorted(other))}")
     if WORLD > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    cfg, detector, optimizer, (train_set, plain_set, val_set), progress = start(cfg)
+    cfg, detector, optimizer, (train_set, plain_set, val_set), progress = runs.start(
+        cfg, pick_device(cfg.device), say)
     out = pathlib.Path(cfg.out)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -237,4 +233,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:        # what a person can mend: a sentence, no traceback
-        sys.exit(f"train.py: {error}")
+        said = str(error).strip().splitlines()[-1]          # a worker's error ends in the sentence
+        sys.exit(f"train.py: {said.removeprefix('detr_min.coco_folder.DataError: ')}")

@@ -2,10 +2,10 @@
 
 Read in this order; a file imports only from files above it:
 
-    boxes  attention  position  backbone  encoder  proposals  query_gen
-    decoder_base  decoder_dac  decoder_decoupled
-    matcher  tal_loss  criterion  model
-    shapes  coco_folder  data  evaluate  draw  config  optim  checkpoints  runs
+    boxes  attention  position  backbone  backbone_swin  encoder  proposals  query_gen
+    denoising  decoder_base  decoder_dac  decoder_release  decoder_decoupled
+    matcher  tal_loss  align_loss  criterion  model
+    shapes  coco_folder  data  evaluate  draw  config  optim  published  checkpoints  runs
 
 Shapes use these letters, and no others:
 

@@ -1,16 +1,16 @@
 """Save a run so that a crash never breaks it, load it again, and take weights from elsewhere.
 
 A checkpoint is one dict of tensors, numbers and strings, so it loads with `weights_only=True`: no
-pickle is executed. Read after `config.py`; used by train.py and eval.py.
+pickle is executed. Read after `published.py`; used by train.py and eval.py.
 """
+import argparse
 import dataclasses
 import os
 import pathlib
-import pickle
 
 import torch
 
-from . import config, model
+from . import backbone_swin, config, model, published
 
 FORMAT = "detr_min 1"
 
@@ -46,14 +46,16 @@ def save(path, detector, optimizer, run_config, categories, progress):
         raise OSError(f"{path} could not be written ({error}): is the disk full?{kept}") from error
 
 
-def read(path):
-    """The dict in a checkpoint file of ours, all tensors on the CPU.
+def open_file(path):
+    """What a file of torch.save holds, all tensors on the CPU.
+
+    Published checkpoints hold their command line, an argparse.Namespace: it alone is let through.
 
     Args:
         path  a .pt file, or a run folder, whose last.pt is meant
     Raises:
         FileNotFoundError: nothing there
-        ValueError: not a checkpoint, or not one of ours
+        ValueError: it cannot be read
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -64,48 +66,89 @@ def read(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: a run folder or a .pt file is expected")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): a "
-                         "broken or half-copied file, or not a file of torch.save") from error
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # torch raises many kinds on strange bytes
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): a "
+                         "broken or half-copied file, or one not made by torch.save") from error
+
+
+def read(path):
+    """The dict in a checkpoint of ours, as `save` made it; path and errors as `open_file`.
+
+    Raises:
+        ValueError: also where it is not one of ours
+    """
+    return check_ours(open_file(path), path)
+
+
+def check_ours(content, path):
+    """The content of a file, or a ValueError where `save` did not make it."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = [*map(str, content)][:4] if isinstance(content, dict) else [type(content).__name__]
         raise ValueError(f"{path} is not a checkpoint of this package; it holds {', '.join(keys)}")
+    missing = {"config", "categories", "model", "optimizer", "progress"} - content.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: an incomplete checkpoint")
     return content
+
+
+def weights_of(content, path):
+    """Config, categories and state dict in the content of a file, ours or published.
+
+    Raises:
+        ValueError: as `check_ours` and `published.convert`, naming the path
+    """
+    if published.recognises(content):
+        try:
+            return published.convert(content)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from error
+    content = check_ours(content, path)
+    try:
+        return config.from_dict(content["config"]), content["categories"], content["model"]
+    except ValueError as error:
+        raise ValueError(f"{path} holds {error}") from error
 
 
 def load_model(path):
     """A trained detector, in eval mode on the CPU, with its `.config` and `.categories`.
 
     Args:
-        path  a run folder or a .pt file
+        path  a run folder or a .pt or .pth file, ours or published
     Raises:
-        FileNotFoundError, ValueError: as `read`
+        FileNotFoundError, ValueError: as `open_file` and `weights_of`
     """
-    content = read(path)
-    run_config = config.from_dict(content["config"])
+    run_config, categories, state = weights_of(open_file(path), path)
     detector = model.build(run_config)
-    detector.load_state_dict(content["model"])
-    detector.config, detector.categories = run_config, content["categories"]
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own config: {str(error)[:300]}") from error
+    detector.config, detector.categories = run_config, categories
     return detector.eval()
 
 
 def init_from(detector, categories, path):
     """Fill in what of a checkpoint fits another detector; class heads only for the same classes.
 
+    A classifier of the Swin repository, trained on ImageNet, fills in a Swin backbone.
+
     Args:
         detector    model.Detector to fill in
         categories  [{"id", "name"}] it is to learn
-        path        a run folder or a .pt file
+        path        a run folder or a .pt or .pth file, ours or published
     Returns:
         names of the tensors of `detector` that were not taken and stay random, sorted
     Raises:
-        FileNotFoundError, ValueError: as `read`; or nothing fits at all
+        FileNotFoundError, ValueError: as `load_model`; or nothing fits at all
     """
-    content = read(path)
-    same_classes = [c["name"] for c in content["categories"]] == [c["name"] for c in categories]
-    own = detector.state_dict()
-    taken = {name: tensor for name, tensor in content["model"].items()
+    own, content = detector.state_dict(), open_file(path)
+    state, theirs = backbone_swin.pretrained(content, own), ()
+    if not state:
+        _, theirs, state = weights_of(content, path)
+    same_classes = [c["name"] for c in theirs] == [c["name"] for c in categories]
+    taken = {name: tensor for name, tensor in state.items()
              if name in own and own[name].shape == tensor.shape
              and (same_classes or "class_head" not in name)}
     if not taken:

@@ -50,10 +50,16 @@ def check(data, path):
         raise DataError(f"{path} needs the lists {', '.join(lists)}: an object-detection json is "
                         "expected (those of test images have no annotations)")
     for name in lists:
-        ids = collections.Counter(entry["id"] for entry in data[name] if "id" in entry)
-        if ids and max(ids.values()) > 1:
-            raise DataError(f"{path}: {name} has the id {ids.most_common(1)[0][0]} more than once: "
-                            "two jsons put together?")
+        for entry in data[name]:
+            if not isinstance(entry, dict) or isinstance(entry.get("id"), (list, dict)):
+                raise DataError(f"{path}: one of {name} is no COCO entry: {entry}")
+    if not data["categories"]:
+        raise DataError(f"{path} has no categories: there is nothing to learn to tell apart")
+    for name, key in (*((name, "id") for name in lists), ("categories", "name")):
+        values = collections.Counter(str(entry[key]) for entry in data[name] if key in entry)
+        if values and max(values.values()) > 1:
+            raise DataError(f"{path}: {name} has the {key} {values.most_common(1)[0][0]} more than "
+                            "once: two jsons put together?")
     for name, key, kind in (("images", "id", int), ("images", "file_name", str),
                             ("images", "width", int), ("images", "height", int),
                             ("categories", "id", int), ("categories", "name", str)):
@@ -64,11 +70,17 @@ def check(data, path):
     known = {entry["id"] for entry in data["categories"]}
     outside = 0
     for a in data["annotations"]:
-        box, image = a.get("bbox"), images.get(a.get("image_id"))
+        box, area = a.get("bbox"), a.get("area", 0)
+        image_id, category_id = a.get("image_id"), a.get("category_id")
+        image = images.get(image_id) if type(image_id) is int else None
         if image is None:
-            fault = f"image_id {a.get('image_id')} is not in images: a json cut to fewer images?"
-        elif a.get("category_id") not in known:
-            fault = f"category_id {a.get('category_id')} is not in categories: a label, not an id?"
+            fault = f"image_id {image_id!r} is not in images: a json cut down, text for a number?"
+        elif type(category_id) is not int or category_id not in known:
+            fault = f"category_id {category_id!r} is not in categories: a label, not an id?"
+        elif a.get("iscrowd", 0) not in (0, 1):
+            fault = f"iscrowd must be 0 or 1, not {a['iscrowd']!r}"
+        elif type(area) not in (int, float) or not math.isfinite(area):
+            fault = f"area must be a finite number, not {area!r}"
         elif not isinstance(box, list):
             fault = "it has no bbox: a json of captions?"
         elif len(box) != 4 or not all(type(x) in (int, float) and math.isfinite(x) for x in box):
@@ -125,3 +137,21 @@ def to_rgb(picture):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
+
+
+NAMES = """- person bicycle car motorcycle airplane bus train truck boat traffic_light
+fire_hydrant - stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra
+giraffe - backpack umbrella - - handbag tie suitcase frisbee skis snowboard sports_ball kite
+baseball_bat baseball_glove skateboard surfboard tennis_racket bottle - wine_glass cup fork knife
+spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch
+potted_plant bed - dining_table - - toilet - tv laptop mouse remote keyboard cell_phone microwave
+oven toaster sink refrigerator - book clock vase scissors teddy_bear hair_drier toothbrush"""
+
+
+def all_ids():
+    """[{"id", "name"}] of COCO's ids 0 to 90, position = id, as detectors of 91 classes have them.
+
+    NAMES are in this order. COCO never used 11 ids; those get a name that no data set has.
+    """
+    return [{"id": i, "name": f"unused {i}" if name == "-" else name.replace("_", " ")}
+            for i, name in enumerate(NAMES.split())]

@@ -26,17 +26,19 @@ class Recipe:
     slow_lr: float = 0.1            # factor on the learning rate of backbone and sampling offsets
     weight_decay: float = 1e-4
     clip: float = 0.1               # largest L2 norm of the gradient
-    focal_steps: int = 0         # first steps with focal loss whatever --loss; ours, for --loss tal
+    dn_number: int = 0       # denoising copies of objects (denoising.py); needs two_stage queries
+    detections: int = 100           # kept of an image, best first, when it is tested
+    swin: tuple = (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 0.2)    # backbone_swin.Swin: Swin-L
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What a person sets, one flag a field. A preset fills in whatever is not given."""
-    preset: str = "shapes"          # shapes | coco | paper_r50; with --coco alone, coco
-    model: str = "dac"              # deformable | dac | decoupled | dac_decoupled | split
-    loss: str = "focal"             # focal | tal: how class scores are trained
-    queries: str = "two_stage"      # learned | two_stage | task_aware
-    backbone: str = "convnet"       # convnet, from random weights | resnet50, from ImageNet's
+    preset: str = "shapes" # shapes | coco | paper_r50 | paper_swin_l | release; --coco alone: coco
+    model: str = "dac"     # deformable | dac | dac_release | decoupled | dac_decoupled | split
+    loss: str = "focal"             # focal | tal | align | focal_then_tal: of class scores
+    queries: str = "two_stage"      # learned | two_stage | two_stage_unmixed | task_aware
+    backbone: str = "convnet"       # convnet | resnet50, from ImageNet's weights | swin_l
     coco: str = ""                  # folder in COCO layout; empty = synthetic shapes, no download
     images: int = 0                 # training images drawn from it, seeded; 0 = all
     classes: str = ""               # person,dog: only these classes; empty = all
@@ -63,15 +65,20 @@ PRESETS = {
     "coco": dict(steps=700, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
                  num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
                  warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
-    "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333),
+    "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333,
+                      detections=300, dn_number=100),
+    "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333,
+                         detections=300, dn_number=100),
+                         # 24 epochs: weight_decay .05, last of swin .5 (release)
 }
+PRESETS["release"] = {**PRESETS["paper_r50"], "model": "dac_release", "loss": "align"}
 
 
 def preset(name, **changes):
     """The Config of a preset, with fields of Config or Recipe changed.
 
     Args:
-        name     shapes | coco | paper_r50
+        name     shapes | coco | paper_r50 | paper_swin_l | release
         changes  any field of either class
     Returns:
         Config
@@ -81,6 +88,11 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise ValueError(f"--preset {name} is unknown; there are {', '.join(PRESETS)}")
     values = {"preset": name, **PRESETS[name], **changes}
+    if "size" in changes and "max_size" not in changes:         # the same shape, larger or smaller
+        share = changes["size"] / PRESETS[name]["size"]
+        values["max_size"] = max(round(share * PRESETS[name]["max_size"]), 1)
+    if values.get("queries") in ("learned", "task_aware"):
+        values = {**values, "dn_number": changes.get("dn_number", 0)}
     names = [{field.name for field in dataclasses.fields(cls)} for cls in (Config, Recipe)]
     unknown = values.keys() - names[0] - names[1]
     if unknown:
@@ -91,10 +103,11 @@ def preset(name, **changes):
     return Config(recipe=recipe, **{k: v for k, v in values.items() if k in names[0]})
 
 
-CHOICES = {"model": ("deformable", "deformable_fixed", "dac", "decoupled", "dac_decoupled",
-                     "split"),
-           "loss": ("focal", "tal"), "queries": ("learned", "two_stage", "task_aware"),
-           "backbone": ("convnet", "resnet50"), "device": ("auto", "cpu", "cuda", "mps"),
+CHOICES = {"model": ("deformable", "deformable_fixed", "dac", "dac_release", "decoupled",
+                     "dac_decoupled", "split"),
+           "loss": ("focal", "tal", "align", "focal_then_tal"),
+           "queries": ("learned", "two_stage", "two_stage_unmixed", "task_aware"),
+           "backbone": ("convnet", "resnet50", "swin_l"), "device": ("auto", "cpu", "cuda", "mps"),
            "precision": ("fp32", "bf16")}
 
 
@@ -107,12 +120,14 @@ def check(values):
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:
             raise ValueError(f"--{name} {values[name]} is none of {', '.join(choices)}")
-    for name in ("steps", "batch", "size", "lr"):
-        if not values.get(name, 1) > 0:
-            raise ValueError(f"--{name} {values[name]}: a number above 0 is needed")
-    for name in ("images", "epochs", "seed", "pause"):
-        if values.get(name, 0) < 0:
-            raise ValueError(f"--{name} {values[name]}: 0 or more is needed")
+    for name, least, most in (("steps", 1, 2 ** 40), ("batch", 1, 2 ** 20), ("lr", 1e-300, 1e300),
+                              ("size", 32, 10000), ("images", 0, 2 ** 31), ("epochs", 0, 2 ** 31),
+                              ("seed", 0, 2 ** 63 - 1), ("pause", 0, 2 ** 40)):
+        if not least <= values.get(name, least) <= most:
+            raise ValueError(f"--{name} {values[name]}: a number from {least} to {most} is needed")
+    if values.get("dn_number") and values.get("queries") in ("learned", "task_aware"):
+        raise ValueError(f"--queries {values['queries']} takes no denoising queries, which need a "
+                         "position made of their boxes, as two_stage makes it: take dn_number 0")
 
 
 def from_dict(values):
@@ -144,8 +159,17 @@ def parse(doc, argv=None):
         if field.name != "recipe":
             parser.add_argument(f"--{field.name}", type=field.type)
     given = vars(parser.parse_args(argv))
-    if given.get("steps") and "epochs" not in given:
+    if given.get("steps") and given.get("epochs"):
+        parser.error("--steps and --epochs both say how long to train: give one")
+    if given.get("steps"):
         given = {**given, "epochs": 0}
+    if not given.get("coco"):
+        if given.get("classes"):
+            parser.error("--classes chooses among the classes of --coco DIR, which is missing")
+        if given.get("preset", "shapes") != "shapes":
+            parser.error(f"--preset {given['preset']} needs --coco DIR, a folder in COCO layout")
+        if given.get("images") == 0:
+            parser.error("--images 0 means all, and there is no end of shapes: say how many")
     name = given.get("preset", "coco" if given.get("coco") else "shapes")
     try:
         return preset(name, **{k: v for k, v in given.items() if k != "preset"}), set(given)

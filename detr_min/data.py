@@ -127,6 +127,10 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
         order = torch.randperm(len(image_ids), generator=generator(seed))
         image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
     for i in image_ids:
+        w, h = coco.imgs[i]["width"], coco.imgs[i]["height"]
+        if not 1 / 200 < w / max(h, 1) < 200:
+            raise coco_folder.DataError(f"{path}: image {i} has {w}x{h} pixels, too thin to be "
+                                        "resized: leave it out")
         file = folder / coco.imgs[i]["file_name"]
         if not file.is_file() or not file.stat().st_size:
             raise FileNotFoundError(f"{file} (image id {i}) is in {path} but missing or empty on "

@@ -20,13 +20,14 @@ class DecoderLayer(nn.Module):
         self.ffn = encoder.feed_forward(d_model, d_ffn)
         self.norm_ffn = nn.LayerNorm(d_model)
 
-    def disperse(self, queries, query_pos):
+    def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
 
-        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q))
+        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q)); is_blocked as in query_gen.Queries
         """
         qk = queries + query_pos
-        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+        read, _ = self.self_attn(qk, qk, queries, attn_mask=is_blocked, need_weights=False)
+        return self.norm_self(queries + read)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = layer.disperse(x, pos)                                  # (B, N, D)  [DAC Eq. 1]
+            x = layer.disperse(x, pos, queries.is_blocked)              # (B, N, D)  [DAC Eq. 1]
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 2]
             delta = box_head(x)                                         # (B, N, 4)
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
@@ -80,7 +81,7 @@ class FixedReferenceDecoder(Decoder):
         """Queries and a Memory -> [Predictions], one a layer, the last is the answer."""
         x, pos, predictions = queries.content[0], queries.pos[0], []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = layer.disperse(x, pos)
+            x = layer.disperse(x, pos, queries.is_blocked)
             x = layer.gather(x, pos, queries.ref_boxes, memory)
             predictions.append(boxes.Predictions(
                 class_head(x), boxes.refine(queries.ref_boxes, box_head(x))))

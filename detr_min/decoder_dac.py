@@ -24,13 +24,14 @@ class DecoderLayer(nn.Module):
         self.ffn = encoder.feed_forward(d_model, d_ffn)
         self.norm_ffn = nn.LayerNorm(d_model)
 
-    def disperse(self, queries, query_pos):
+    def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
 
-        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q))
+        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q)); is_blocked as in query_gen.Queries
         """
         qk = queries + query_pos
-        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+        read, _ = self.self_attn(qk, qk, queries, attn_mask=is_blocked, need_weights=False)
+        return self.norm_self(queries + read)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
@@ -69,7 +70,7 @@ class DACDecoder(nn.Module):
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = layer.disperse(x, pos)                                  # (B, N, D)  [DAC Eq. 1]
+            x = layer.disperse(x, pos, queries.is_blocked)              # (B, N, D)  [DAC Eq. 1]
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 2]
             delta = box_head(x)                                         # (B, N, 4)
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
@@ -80,8 +81,8 @@ class DACDecoder(nn.Module):
     def c_decoder(self, queries, memory):
         """[DAC Eq. 3]  The same, and no query ever sees another: one line is gone.
 
-        DEVIATION from the release, which starts it after the O-Decoder's first self-attention, so
-        that both have the same first layer; here, as the paper draws it, from the queries.
+        DEVIATION from the release, which starts it after the O-Decoder's first self-attention
+        (`decoder_release.py`); here, as the paper draws it, from the queries.
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
@@ -99,12 +100,12 @@ class DACDecoder(nn.Module):
         After self-attention every operation acts on each query alone, so the queries of both pass
         through `gather` side by side, and the memory is projected once instead of twice.
         """
-        N = queries.ref_boxes.shape[1]
+        N, mask = queries.ref_boxes.shape[1], queries.is_blocked
         x, pos, ref_boxes = (torch.cat([t, t], dim=1)                   # (B, 2N, D): O, then C
                              for t in (queries.content[0], queries.pos[0], queries.ref_boxes))
         base, predictions = ref_boxes, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = torch.cat([layer.disperse(x[:, :N], pos[:, :N]), x[:, N:]], dim=1)
+            x = torch.cat([layer.disperse(x[:, :N], pos[:, :N], mask), x[:, N:]], dim=1)
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
             delta = box_head(x)
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))

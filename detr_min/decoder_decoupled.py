@@ -45,13 +45,17 @@ class DecoderLayer(nn.Module):
         self.cls = Branch(d_model, num_heads, num_levels, num_points, d_ffn)
         self.loc = Branch(d_model, num_heads, num_levels, num_points, d_ffn)
 
-    def disperse(self, queries, query_pos):
+    def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
+
+        What query i may not look at, (N, N), neither of its tokens may.
         """
         qk = queries + query_pos
-        return self.norm_self(queries + self.self_attn(qk, qk, queries, need_weights=False)[0])
+        mask = None if is_blocked is None else is_blocked.repeat(2, 2)                  # (2N, 2N)
+        read, _ = self.self_attn(qk, qk, queries, attn_mask=mask, need_weights=False)
+        return self.norm_self(queries + read)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)"""
@@ -80,7 +84,7 @@ class DecoupledDecoder(nn.Module):
         ref_boxes = queries.ref_boxes                                 # (B, N, 4)  one for each pair
         base, predictions = ref_boxes, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = layer.disperse(x, pos)                                  # (B, 2N, D)
+            x = layer.disperse(x, pos, queries.is_blocked)              # (B, 2N, D)
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
             x_cls, x_loc = x.chunk(2, dim=1)                            # (B, N, D) each
             delta = box_head(x_loc)                                     # (B, N, 4)
@@ -122,9 +126,9 @@ class SplitDecoder(nn.Module):
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
         super().__init__()
-        self.cls_layers, self.loc_layers = (nn.ModuleList([
-            decoder_base.DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
-            for _ in range(num_layers)]) for _ in range(2))
+        self.layers = nn.ModuleList([nn.ModuleDict({
+            task: decoder_base.DecoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
+            for task in ("cls", "loc")}) for _ in range(num_layers)])
         self.class_heads = nn.ModuleList([
             proposals.class_head(d_model, num_classes) for _ in range(num_layers)])
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
@@ -132,12 +136,13 @@ class SplitDecoder(nn.Module):
     def o_decoder(self, queries, memory):
         """Queries in two sets and a Memory -> [Predictions], N a layer."""
         (x_cls, x_loc), (pos_cls, pos_loc) = queries.content, queries.pos                # (B, N, D)
-        ref_boxes = queries.ref_boxes
+        ref_boxes, mask = queries.ref_boxes, queries.is_blocked
         base, predictions = ref_boxes, []
-        for cls_layer, loc_layer, class_head, box_head in zip(
-                self.cls_layers, self.loc_layers, self.class_heads, self.box_heads):
-            x_cls = cls_layer.gather(cls_layer.disperse(x_cls, pos_cls), pos_cls, ref_boxes, memory)
-            x_loc = loc_layer.gather(loc_layer.disperse(x_loc, pos_loc), pos_loc, ref_boxes, memory)
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            x_cls = layer["cls"].disperse(x_cls, pos_cls, mask)
+            x_cls = layer["cls"].gather(x_cls, pos_cls, ref_boxes, memory)
+            x_loc = layer["loc"].disperse(x_loc, pos_loc, mask)
+            x_loc = layer["loc"].gather(x_loc, pos_loc, ref_boxes, memory)
             delta = box_head(x_loc)
             predictions.append(boxes.Predictions(class_head(x_cls), boxes.refine(base, delta)))
             base = boxes.refine(ref_boxes, delta)

@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from . import attention, boxes, data, evaluate
 
 DPI = 120
-PART_COLOURS = {"loss": "black", "O": "tab:blue", "C": "tab:orange", "encoder": "tab:green"}
+PART_COLOURS = {"loss": "black", "O": "tab:blue", "C": "tab:orange", "encoder": "tab:green",
+                "O_denoising": "tab:cyan", "C_denoising": "tab:olive"}
 BRANCHES = {"cls": "classification branch", "loc": "localization branch"}       # by module's name
 
 
@@ -169,6 +170,7 @@ def detections(axes, found, names, threshold):
         frame(axes, found["boxes_xyxy"][i], colour, "-")
         is_right, is_top = x1 > 0.7 * w, y1 < 0.08 * h              # the words stay in the picture
         axes.text(x2 if is_right else x1, y1, f"{names[label]} {found['scores'][i]:.2f}",
+                  parse_math=False,
                   ha="right" if is_right else "left", va="top" if is_top else "bottom",
                   fontsize=7, color="black" if colour[1] > 0.6 else "white", clip_on=True,
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85})

@@ -10,11 +10,13 @@ import itertools
 
 import torch
 import torch.distributed as dist
+import torchvision.ops as ops
 from pycocotools.cocoeval import COCOeval
 
 from . import boxes, coco_folder, data, matcher
 
 STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
+NMS_PAIRS = 10000       # NMS looks at no more (query, class) pairs than this, as released
 TABLE_CLASSES = 20              # the table has no more lines of classes than this
 
 
@@ -39,19 +41,29 @@ def predict(model, images):
     device = next(model.parameters(), images).device
     with answering(model):
         logits, pred_boxes = model(images.to(device), is_pad.to(device)).o_decoder[-1]
+    if not (logits.isfinite().all() and pred_boxes.isfinite().all()):   # COCO counts NaN as a hit
+        raise ValueError("the model's answers are not finite: did a learning rate too high spoil "
+                         "its weights?")
     return boxes.Predictions(logits.float().cpu(), pred_boxes.float().cpu())
 
 
-def detect(model, images, sizes_px, top_k=100):
+def headline(metrics):
+    """`AP 0.712  AP50 0.893`, or n/a where there is no object to find."""
+    return "  ".join(f"{name} {'n/a' if metrics[name] is None else format(metrics[name], '.3f')}"
+                     for name in ("AP", "AP50"))
+
+
+def detect(model, images, sizes_px, top_k=100, nms=None):
     """What the model sees in each picture: its k most certain (query, class) pairs, best first.
 
     score = sigmoid(logit). AP wants many, so there is no threshold; one-to-one training leaves few
-    duplicates, so there is no NMS. Equal logits keep their order. Under autocast if the caller is.
+    duplicates, so NMS is off. Equal logits keep their order. Under autocast if the caller is.
 
     Args:
         images    (B, 3, h, w), or a list of (3, h, w), padded here; normalised as ImageNet's
         sizes_px  [(h, w), ...] of the B original pictures
-        top_k     k = min(top_k, N*C)
+        top_k     k = min(top_k, N*C), or fewer with nms
+        nms       of two boxes of one class that overlap by more than this IoU, drop the worse
     Returns:
         a list of B dicts, on the CPU: scores (k,) in [0, 1]; labels (k,) int64 in [0, C);
         boxes_xyxy (k, 4) in pixels of the original picture, clipped to it
@@ -62,11 +74,17 @@ def detect(model, images, sizes_px, top_k=100):
         raise ValueError(f"{len(images)} images but {len(sizes_px)} sizes_px: one (h, w) an image")
     found = []
     for logits, pred_boxes, (h, w) in zip(*predict(model, images), sizes_px):
-        best, pair = (t[:top_k] for t in logits.flatten().sort(descending=True, stable=True))
-        query, label = pair // logits.shape[1], pair % logits.shape[1]                  # (k,)
+        best, pair = logits.flatten().sort(descending=True, stable=True)                # (N*C,)
+        boxes_xyxy = boxes.to_xyxy(pred_boxes)                                          # (N, 4)
+        if nms is not None:
+            query, label = pair[:NMS_PAIRS] // logits.shape[1], pair[:NMS_PAIRS] % logits.shape[1]
+            kept = ops.batched_nms(boxes_xyxy[query], best[:NMS_PAIRS], label, nms)     # best first
+            best, pair = best[kept], pair[kept]
+        best, pair = best[:top_k], pair[:top_k]                                         # (k,)
         edge = torch.tensor([w, h, w, h])
-        boxes_xyxy = torch.minimum((boxes.to_xyxy(pred_boxes)[query] * edge).clamp(min=0), edge)
-        found.append({"scores": best.sigmoid(), "labels": label, "boxes_xyxy": boxes_xyxy})
+        boxes_px = torch.minimum((boxes_xyxy[pair // logits.shape[1]] * edge).clamp(min=0), edge)
+        found.append({"scores": best.sigmoid(), "labels": pair % logits.shape[1],
+                      "boxes_xyxy": boxes_px})
     return found
 
 
@@ -132,11 +150,12 @@ def table(metrics, counts, num_images):
         *(f"  {c:{width}}{text(metrics['per_class'][c])} {counts[c]:8}" for c in shown)])
 
 
-def evaluate(model, dataset, batch_size, top_k=100, precision="fp32", workers=0, progress=iter):
+def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=0, progress=iter):
     """AP of a model on a data.Detections that leaves nothing to chance.
 
-    Under torchrun each process takes its share, and all get what `coco_metrics` returns. Precision
-    is fp32 or bf16; `workers` processes read pictures; `progress` wraps the loop, as tqdm does.
+    Under torchrun each process takes its share, and all get what `coco_metrics` returns. `find` is
+    `detect`, or a functools.partial of it with another top_k or with nms. Precision is fp32 or
+    bf16; `workers` processes read pictures; `progress` wraps the loop, as tqdm does.
     """
     model = getattr(model, "module", model)     # DDP itself would wait for equal shares
     device = next(model.parameters(), torch.empty(0)).device
@@ -147,7 +166,7 @@ def evaluate(model, dataset, batch_size, top_k=100, precision="fp32", workers=0,
     for batch in progress(loader):
         images, targets = zip(*batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            found = detect(model, images, [target.size_px for target in targets], top_k)
+            found = find(model, images, [target.size_px for target in targets])
         results += [{"image_id": t.image_id, **f} for t, f in zip(targets, found)]
     if world == 1:
         return coco_metrics(dataset.coco, dataset.image_ids, results, dataset.categories)

@@ -101,3 +101,32 @@ def one_to_many(quality, threshold=0.4, k=6):
     best_object = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (N, 1)
     is_own = torch.zeros_like(is_positive).scatter_(1, best_object, True)
     return (is_positive & is_own).nonzero(as_tuple=True)
+
+
+def one_to_many_release(quality, threshold=0.4, k=6):
+    """The rule that the authors' code follows instead. A query may serve two objects.
+
+    After [DAC Eq. 4]. Each query belongs to the object it explains best, and it is positive if that
+    quality reaches the threshold, or if it is some object's best query. An object that owns c
+    positives gets its min(c, k) best queries, whoever owns those. So an object whose best query
+    belongs to another may get none, and a query may be claimed twice. Ties go to the lower index.
+
+    Args:
+        quality  M  (N, M)  higher is better
+        threshold   in the unit of M
+        k           most queries an object gets
+    Returns:
+        query_idx, gt_idx, int64 (P,) each, sorted by query, then by object; P = 0 without objects
+    Differs: DEVIATION from the release, which first drops all but a random 75 positives (a quarter
+        of 300, whatever N is). Up to 75 the pairs are the same; beyond, objects lose pairs there by
+        chance, while here all positives stay and the answer is deterministic.
+    """
+    owner = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]    # (N, 1); or (N, 0)
+    best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]  # (min(k, N), M)
+    is_positive = quality.gather(1, owner) >= threshold                         # (N, 1)
+    is_positive[best_first[:1].flatten()] = True
+    owned = torch.zeros_like(quality, dtype=torch.long).scatter_(1, owner, is_positive.long())
+    rank = torch.arange(len(best_first), device=quality.device)[:, None]
+    is_pair = torch.zeros_like(quality, dtype=torch.bool)
+    is_pair.scatter_(0, best_first, rank < owned.sum(0))
+    return is_pair.nonzero(as_tuple=True)

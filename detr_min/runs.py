@@ -2,17 +2,20 @@
 
 Used by train.py and eval.py. Read after `checkpoints.py`.
 """
+import dataclasses
 import json
+import math
 import pathlib
 import time
 
 import torch
 from tqdm import tqdm
 
-from . import data
+from . import checkpoints, config, data, model, optim
 
 NUM_VAL_SHAPES = 200
 TERMS = "cls", "l1", "giou"
+FILES = "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"
 
 
 def open_train(cfg):
@@ -32,7 +35,8 @@ def open_val(cfg, categories):
     """The validation set of a run, labelled as it was trained; the same shapes for every seed."""
     test = data.resize(cfg.size, cfg.recipe.max_size)
     if cfg.coco:
-        dataset = data.open_folder(cfg.coco, "val", test, class_names=class_names(cfg))
+        dataset, names = data.open_folder(cfg.coco, "val", test), class_names(cfg)
+        dataset.categories = [c for c in dataset.categories if not names or c["name"] in names]
     else:
         dataset = data.open_shapes("val", test, NUM_VAL_SHAPES, cfg.size)
     data.relabel(dataset, categories)
@@ -67,10 +71,14 @@ def new_folder(cfg):
         FileExistsError: --out holds a run already
     """
     if cfg.out:
-        if (pathlib.Path(cfg.out) / "last.pt").exists():
-            raise FileExistsError(f"--out {cfg.out} holds a run already: go on with --resume "
-                                  f"{cfg.out}, or take another name")
-        return pathlib.Path(cfg.out)
+        out = pathlib.Path(cfg.out)
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"--out {out} is a file: a folder is expected")
+        held = [name for name in FILES if (out / name).exists()]
+        if held:
+            raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): go on "
+                                  f"with --resume {out}, or take another name")
+        return out
     words = [cfg.model, pathlib.Path(cfg.coco).resolve().name if cfg.coco else "shapes"]
     words += [cfg.loss] * (cfg.loss != "focal") + [cfg.queries] * (cfg.queries != "two_stage")
     name = "_".join(words) + (f"_seed{cfg.seed}" if cfg.seed else "")
@@ -78,14 +86,76 @@ def new_folder(cfg):
     return next(p for p in (pathlib.Path("runs") / n for n in names) if not p.exists())
 
 
+def start(cfg, device, say):
+    """A run from its flags, new or resumed.
+
+    Args:
+        cfg     config.Config
+        device  torch.device
+        say     a function that prints, or does not
+    Returns:
+        the run's full Config, detector, optimizer, (training set, the same as it is, validation
+        set), and progress, a dict of numbers
+    """
+    progress = {"step": 0, "saved": 0, "seconds": 0.0, "cpu_seconds": 0.0, "best_AP": 0.0}
+    content = None
+    if cfg.resume:
+        folder = pathlib.Path(cfg.resume)
+        folder = folder if folder.is_dir() else folder.parent
+        content = checkpoints.read(folder)
+        progress = content["progress"]
+        if 0 < cfg.pause <= progress["step"]:
+            raise ValueError(f"--pause {cfg.pause}: the run is at step {progress['step']} already")
+        cfg = dataclasses.replace(config.from_dict(content["config"]), out=str(folder),
+                                  resume=str(folder), pause=cfg.pause, device=cfg.device)
+    elif cfg.coco:
+        cfg = dataclasses.replace(cfg, coco=str(pathlib.Path(cfg.coco).absolute()))
+    train_set, plain_set = open_train(cfg)
+    if content and (content["categories"] != train_set.categories
+                    or progress["images"] != len(train_set)):
+        raise ValueError(f"{cfg.coco} changed since {cfg.resume} started on it, then of "
+                         f"{progress['images']} images and {len(content['categories'])} classes: "
+                         f"train anew, with --init_from {cfg.resume}")
+    progress["images"] = len(train_set)
+    val_set = open_val(cfg, train_set.categories)
+    check_queries(train_set, cfg.recipe.num_queries)
+    epoch_steps = math.ceil(len(train_set) / cfg.batch)
+    recipe = dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories))
+    cfg = dataclasses.replace(cfg, out=cfg.resume or str(new_folder(cfg)), recipe=recipe,
+                              steps=epoch_steps * cfg.epochs or cfg.steps)
+    torch.manual_seed(cfg.seed)
+    detector = model.build(cfg)
+    if content:
+        detector.load_state_dict(content["model"])
+    elif cfg.init_from:
+        left = checkpoints.init_from(detector, train_set.categories, cfg.init_from)
+        say(f"weights from {cfg.init_from}; {len(left)} tensors start at random: "
+            f"{', '.join(left) or '-'}")
+    elif cfg.backbone == "resnet50":
+        detector.backbone.load_imagenet()
+    optimizer = optim.make_optimizer(detector.to(device), cfg)
+    if content:
+        optimizer.load_state_dict(content["optimizer"])
+    return cfg, detector, optimizer, (train_set, plain_set, val_set), progress
+
+
 def describe(line):
     """One line of log.jsonl for people: what the loss is made of, what each decoder matched."""
-    decoders = [name for name in ("O", "C", "encoder") if name in line]
+    decoders = [name for name in ("O", "C", "encoder", "O_denoising", "C_denoising")
+                if name in line]
     sums = [f"{name} ({' + '.join(f'{term} {line[name][term]:.2f}' for term in TERMS)})"
             for name in decoders]
-    pairs = [f"{name} {line[name]['pairs']:.1f}" for name in decoders if name != "encoder"]
+    pairs = [f"{name} {line[name]['pairs']:.1f}" for name in ("O", "C") if name in line]
     return (f"step {line['step']} | loss {line['loss']:.2f} = {' + '.join(sums)} | objects "
             f"{line['objects']:.1f}, queries matched {' / '.join(pairs)} | {line['ms']:.0f} ms")
+
+
+def step_of(line):
+    """The step of a line of log.jsonl; of one torn by a crash, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Log:
@@ -96,9 +166,8 @@ class Log:
 
     def __init__(self, path, last_step):
         self.path, self.steps = path, []
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines
-                if line.endswith("}") and json.loads(line)["step"] <= last_step]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if step_of(line) <= last_step]
         path.write_text("".join(line + "\n" for line in kept))
         self.restart_clock()
 
@@ -111,13 +180,14 @@ class Log:
         self.steps.append(({name: torch.stack(part[:3]).detach() for name, part in parts.items()},
                            {name: part.pairs for name, part in parts.items()}, more))
 
-    def line(self, step, **more):
-        """The means since the last line, as a dict."""
+    def line(self, step, agree, **more):
+        """The means since the last line, a dict; `agree(*numbers)` takes theirs over processes."""
         terms, pairs, numbers = zip(*self.steps)
         n, line = len(self.steps), {"step": step, **more}
         for name in terms[0]:
-            means = (sum(t[name] for t in terms) / n).tolist()
-            line[name] = dict(zip(TERMS, means), pairs=sum(p[name] for p in pairs) / n)
+            means = agree(*(sum(t[name] for t in terms) / n).tolist(),
+                          sum(p[name] for p in pairs) / n)
+            line[name] = dict(zip((*TERMS, "pairs"), means))
         line["loss"] = sum(line[name][term] for name in terms[0] for term in TERMS)
         line.update({key: sum(m[key] for m in numbers) / n for key in numbers[0]})
         line["ms"] = (time.perf_counter() - self.clock) / n * 1000

@@ -1,7 +1,8 @@
 """The whole of Deformable DETR after the backbone, against the one in Hugging Face transformers.
 
 Both get the same random weights and the same features, a batch of two of which one is padded on two
-sides. Needs `pip install transformers`, else it is skipped.
+sides; once directly, once by way of a file under the official names. Needs `pip install
+transformers`, else it is skipped.
 
 Known difference, 1.5e-5 in these numbers: of a cell that is no good (padding, or too near the
 border) their proposal is exactly 1, ours 1 - 1e-5, the most that `boxes.logit` returns.
@@ -9,11 +10,12 @@ border) their proposal is exactly 1, ours 1 - 1e-5, the most that `boxes.logit` 
 import copy
 
 import pytest
+import test_published
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from detr_min import config, model, proposals, query_gen
+from detr_min import checkpoints, config, model, proposals, query_gen
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,7 +80,7 @@ class OurStub(nn.Module):
 def build_theirs(variant, features):
     """Random in every parameter, no two parameters tied, features in place of the backbone."""
     small = transformers.ResNetConfig(embedding_size=8, depths=[1, 1, 1, 1], layer_type="basic",
-                                      hidden_sizes=[8, *CHANNELS],
+                                      hidden_sizes=[8, *(x.shape[1] for x in features)],
                                       out_features=["stage2", "stage3", "stage4"])
     refine, two_stage = variant != "plain", variant == "two_stage"
     net = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
@@ -168,3 +170,50 @@ def test_every_layer_answers_as_transformers_does(variant):
         assert 0 < is_good.sum() < is_good.numel()
     references = ours.queries(memory).ref_boxes
     assert_close(references, out.init_reference_points, **CLOSE)
+
+
+OFFICIAL = [                            # theirs, the official repository's; tried in this order
+    ("model.query_position_embeddings.", "query_embed."), ("model.input_proj.", "input_proj."),
+    ("model.", "transformer."), (".mlp.fc", ".linear"), (".encoder_attn.", ".cross_attn."),
+    (".encoder_attn_layer_norm.", ".norm1."), (".o_proj.", ".out_proj.")]
+
+
+def official_state(state):
+    """Their state dict under the names of the official repository."""
+    found = {}
+    for key, tensor in state.items():
+        for theirs, official in OFFICIAL:
+            key = key.replace(theirs, official)
+        is_decoder = "decoder.layers" in key
+        key = key.replace(".self_attn_layer_norm.", ".norm2." if is_decoder else ".norm1.")
+        key = key.replace(".final_layer_norm.", ".norm3." if is_decoder else ".norm2.")
+        found[key] = tensor
+    for layer in range(LAYERS):
+        start = f"transformer.decoder.layers.{layer}.self_attn."
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"{start}{part}_proj.{kind}") for part in "qkv"]
+            found[f"{start}in_proj_{kind}"] = torch.cat(parts)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_an_official_file_answers_as_transformers_does(variant, tmp_path):
+    """Through checkpoints.load_model: names, halves of query_embed, heads, kind of references."""
+    torch.manual_seed(0)
+    body, channels = test_published.swin(width=16)          # its weights are not what is tested
+    features = [torch.randn(2, c, h, w) for c, (h, w) in zip(channels, SIZES)]
+    images, is_pad = torch.randn(2, 3, 96, 160), torch.zeros(2, 96, 160, dtype=torch.bool)
+    is_pad[1, 70:], is_pad[1, :, 101:] = True, True
+    theirs = build_theirs(variant, features)
+    state = {**official_state(theirs.state_dict()), **test_published.random_state(body)}
+    path = test_published.save(tmp_path / "official.pth", state, nheads=4, num_queries=N)
+    ours = checkpoints.load_model(path)
+    ours.backbone = OurStub(features)
+    assert ours.config.model == VARIANTS[variant]
+    _, logits, found = their_answers(theirs, images, is_pad)
+    answer = ours(images, is_pad).o_decoder
+    for prediction, their_logits, their_boxes in zip(answer, logits, found, strict=True):
+        assert_close(prediction.logits, their_logits, **CLOSE)
+        assert_close(prediction.boxes, their_boxes, **CLOSE)

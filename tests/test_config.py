@@ -45,7 +45,25 @@ def test_coco_alone_chooses_the_coco_preset():
 
 
 def test_steps_win_over_the_epochs_of_a_preset():
-    assert config.parse("doc", ["--preset", "paper_r50", "--steps", "5"])[0].epochs == 0
+    words = ["--preset", "paper_r50", "--coco", "x", "--steps", "5"]
+    assert config.parse("doc", words)[0].epochs == 0
+
+
+def test_a_larger_size_raises_the_longest_side_with_it():
+    """Or the test images would be shrunk back to the preset's size without a word."""
+    cfg = config.preset("coco", size=512)
+    assert (cfg.size, cfg.recipe.max_size) == (512, 854)                # 427 * 512 / 256
+    assert config.preset("shapes", size=200).recipe.max_size == 200
+
+
+@pytest.mark.parametrize("words", [
+    ["--classes", "cat"], ["--preset", "coco"], ["--images", "0"],
+    ["--steps", "5", "--epochs", "2"],
+    ["--size", "16"], ["--seed", str(2 ** 64)], ["--lr", "inf"], ["--lr", "nan"]])
+def test_flags_that_cannot_be_meant_together_or_at_all(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("doc", words)
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--batchsize", "8"], ["--mod", "dac"], ["--lr", "fast"],
@@ -61,5 +79,12 @@ def test_help_prints_every_field_with_its_comment(capsys):
     with pytest.raises(SystemExit):
         config.parse("doc", ["--help"])
     text = capsys.readouterr().out
-    assert "how class scores are trained" in text
+    assert "AdamW's learning rate" in text
     assert all(f.name in text for f in dataclasses.fields(config.Config))
+
+
+def test_paper_swin_l_is_paper_r50_on_swin_l():
+    """The 12-epoch recipe; both are tested on 300 detections an image, as released."""
+    swin, r50 = config.preset("paper_swin_l"), config.preset("paper_r50")
+    assert swin.backbone == "swin_l" and swin.recipe.detections == 300
+    assert dataclasses.replace(swin, preset="paper_r50", backbone="resnet50") == r50

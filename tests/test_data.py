@@ -347,6 +347,26 @@ def test_only_chosen_pictures_need_be_on_disk(tmp_path):
     assert len(data.open_folder(tmp_path, "val", KEEP_SIZE, 1)) == 1
 
 
+@pytest.mark.parametrize("change, sentence", [
+    ({"categories": []}, "has no categories"),
+    ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
+     "name cat more than once"),
+    ({"images": [5]}, "one of images is no COCO entry: 5"),
+    ({"iscrowd": "0"}, "iscrowd must be 0 or 1, not '0'"),
+    ({"area": "1"}, "area must be a finite number, not '1'"),
+    ({"image_id": "1"}, "image_id '1' is not in images.*text for a number"),
+    ({"category_id": {}}, "category_id {} is not in categories")])
+def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
+    """Crowds by accident, lost objects, or a crash in pycocotools at the first validation."""
+    whole = {"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}],
+             "categories": [{"id": 1, "name": "cat"}],
+             "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]}
+    name = next(iter(change))
+    (whole if name in whole else whole["annotations"][0]).update(change)
+    with pytest.raises(coco_folder.DataError, match=sentence):
+        coco_folder.check(whole, "some.json")
+
+
 def test_impossible_parts_are_refused(tmp_path):
     write(tmp_path, GOOD, "train")
     for arguments, sentence in (

@@ -130,6 +130,38 @@ def test_equal_scores_keep_their_order():
     torch.testing.assert_close(found["boxes_xyxy"], expected)
 
 
+# centre x, y, width, height; IoU with box 0: .9, .75, 0, 0; of boxes 3 and 4: .5, clipped 1
+CLOSE_BOXES = torch.tensor([[[.5, .5, .4, .40], [.5, .5, .4, .36], [.5, .5, .4, .30],
+                             [1., .5, .4, .20], [1.2, .5, .8, .20]]])
+CLOSE_LOGITS = torch.tensor([[[5., -9.], [4., 1.], [3., -9.], [2., -9.], [0., -9.]]])
+
+
+@pytest.mark.parametrize("nms, expected", [
+    # (class, logit, last side's y) of what is left, best first; without NMS 5 pairs above -9 and 1
+    (None, [(0, 5), (0, 4), (0, 3), (0, 2), (1, 1), (0, 0)]),
+    (.80, [(0, 5), (0, 3), (0, 2), (1, 1), (0, 0)]),    # (0, 4) overlaps (0, 5) by .9; (1, 1) too,
+    (.74, [(0, 5), (0, 2), (1, 1), (0, 0)]),            # but is of another class
+    (.45, [(0, 5), (0, 2), (1, 1)])])                   # 3 and 4 overlap by .5, before clipping
+def test_nms_worked_by_hand(nms, expected):
+    detector, image = Fixed(CLOSE_LOGITS, CLOSE_BOXES), torch.rand(1, 3, 8, 8)
+    [found] = evaluate.detect(detector, image, [(50, 100)], len(expected), nms)
+    logits = torch.tensor([float(logit) for _, logit in expected])
+    torch.testing.assert_close(found["scores"], logits.sigmoid())
+    assert found["labels"].tolist() == [label for label, _ in expected]
+    rows = [CLOSE_LOGITS[0, :, label].tolist().index(logit) for label, logit in expected]
+    scaled = boxes.to_xyxy(CLOSE_BOXES[0, rows]) * torch.tensor([100, 50, 100, 50])
+    torch.testing.assert_close(found["boxes_xyxy"], scaled.clamp(max=100))
+
+
+def test_nms_looks_at_the_best_pairs_only_and_top_k_counts_what_it_leaves(monkeypatch):
+    detector, image = Fixed(CLOSE_LOGITS, CLOSE_BOXES), torch.rand(1, 3, 8, 8)
+    [found] = evaluate.detect(detector, image, [(50, 100)], top_k=2, nms=.8)
+    torch.testing.assert_close(found["scores"], torch.tensor([5., 3.]).sigmoid())
+    monkeypatch.setattr(evaluate, "NMS_PAIRS", 3)
+    [found] = evaluate.detect(detector, image, [(50, 100)], top_k=9, nms=.8)
+    torch.testing.assert_close(found["scores"], torch.tensor([5., 3.]).sigmoid())
+
+
 def test_detect_runs_in_eval_mode_and_gives_every_mode_back():
     detector = Fixed(torch.randn(1, 2, 3), torch.rand(1, 2, 4)).train()
     detector.frozen.eval()                          # as a frozen norm would be
@@ -296,6 +328,13 @@ def test_evaluate_puts_the_parts_together():
     """Centroid finds what is painted in each image, at two scales, padded or not."""
     metrics, table = evaluate.evaluate(Centroid(), Pictures(ONE_EACH), batch_size=3)
     assert metrics["AP"] == 1.0 and table.startswith("7 images, 7 objects")
+
+
+def test_evaluate_finds_with_what_it_is_given():
+    def find(model, images, sizes_px):
+        return [{key: t[1:] for key, t in found.items()}            # the best one is thrown away
+                for found in evaluate.detect(model, images, sizes_px, top_k=2)]
+    assert evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3, find)[0]["AP"] < 0.5
 
 
 def test_evaluate_shows_progress_in_batches():

@@ -55,15 +55,16 @@ def test_the_two_decoders_never_import_one_another():
     assert "decoder_dac" not in own_imports_of("decoder_decoupled")
 
 
-@pytest.mark.parametrize("name", ["matcher", "tal_loss"])
-def test_matcher_and_tal_loss_know_no_network(name):
-    assert set(own_imports_of(name)) <= {"boxes"}
+@pytest.mark.parametrize("name", ["matcher", "tal_loss", "align_loss"])
+def test_matcher_and_class_losses_know_no_network(name):
+    assert set(own_imports_of(name)) <= {"boxes", "tal_loss"}
     assert not {"torch.nn", "torch.nn.Module"} & set(imports_of(name))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_command_lines_belong_to_config_and_environment_variables_to_nobody(name):
-    assert ("argparse" in imports_of(name)) == (name == "config")
+    if name != "checkpoints":       # it lets the Namespace of published files through, no parser
+        assert ("argparse" in imports_of(name)) == (name == "config")
     for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("environ", "environb", "getenv"), f"line {node.lineno}"

@@ -246,3 +246,90 @@ def test_one_to_many_lets_a_query_gather_where_one_to_one_does_not():
     quality = torch.tensor([[.8], [.79], [.78], [.77]])
     assert len(pairs_of(quality)) == 4
     assert matcher.one_to_one(-quality)[0].tolist() == [0]
+
+
+# --- one-to-many as the release has it ------------------------------------------------------------
+
+def released(quality, **arguments):
+    query_idx, gt_idx = matcher.one_to_many_release(quality, **arguments)
+    assert query_idx.dtype == gt_idx.dtype == torch.int64
+    pairs = list(zip(query_idx.tolist(), gt_idx.tolist()))
+    assert pairs == sorted(pairs)
+    return pairs
+
+
+def test_release_forces_the_best_query_of_an_object_below_the_threshold():
+    """Case A: nothing passes .4, yet the single best query is assigned. Not so by the paper's."""
+    quality = torch.tensor([[.10], [.30], [.20]])
+    assert released(quality) == [(1, 0)] and pairs_of(quality) == []
+
+
+def test_release_starves_an_object_whose_candidates_all_prefer_another():
+    """Case C: two objects that overlap, three candidates, all a little better for object 0."""
+    quality = torch.tensor([[.70, .60], [.65, .55], [.60, .50]])
+    assert released(quality) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_release_does_not_force_a_query_that_belongs_to_another_object():
+    """Case F: none passes for object 1, and its best query, q0, is object 0's: it gets none."""
+    quality = torch.tensor([[.50, .30], [.10, .05]])
+    assert released(quality) == [(0, 0)]
+
+
+def test_release_lets_a_query_serve_two_objects():
+    """Case H: object 1 owns q1 and q2, so it gets two queries, its two best: q0 and q1, not q2."""
+    quality = torch.tensor([[.70, .31, .30], [.54, .42, .40]]).T
+    assert released(quality) == [(0, 0), (0, 1), (1, 1)]
+    assert pairs_of(quality) == [(0, 0), (1, 1), (2, 1)]                # by the paper's reading
+
+
+def test_release_without_its_random_cap():
+    """Case E: 100 objects with 5 good queries each. The release keeps 75 pairs, and 45 objects go
+    without (or another number, by chance); here all 500 pairs stay, the same each time."""
+    quality = torch.zeros(500, 100)
+    quality[torch.arange(500), torch.arange(500) // 5] = 0.8
+    pairs = released(quality)
+    assert pairs == [(i, i // 5) for i in range(500)] == released(quality)
+
+
+def slow_one_to_many_release(quality, threshold, k):
+    """Section 1.5 of the facts, steps 1 to 7 without 4, one query and one object at a time."""
+    N, M = quality.shape
+    q = quality.tolist()
+    owner = [max(range(M), key=lambda j: (q[i][j], -j)) for i in range(N)]                  # 1
+    positive = {i for i in range(N) if q[i][owner[i]] >= threshold}                         # 2
+    for j in range(M):
+        positive.add(max(range(N), key=lambda i: (q[i][j], -i)))                            # 3
+    pairs = []
+    for j in range(M):
+        owned = sum(owner[i] == j for i in positive)                                        # 5
+        ranked = sorted(range(N), key=lambda i: (-q[i][j], i))
+        pairs += [(i, j) for i in ranked[:min(owned, k)]]                                   # 6
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (3, 2), (5, 7), (12, 3), (40, 5), (200, 4)])
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_release_by_definition(N, M, steps):
+    """Fewer queries than k, more objects than queries, ties, qualities on the threshold."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        quality = torch.randint(steps + 1, (N, M), generator=g).double() / steps
+        for threshold, k in ((0.4, 6), (0.75, 2), (0.99, 1)):
+            pairs = released(quality, threshold=threshold, k=k)
+            assert pairs == slow_one_to_many_release(quality, threshold, k)
+    assert released(quality) == slow_one_to_many_release(quality, 0.4, 6)
+
+
+def test_release_equals_the_papers_reading_where_nothing_is_forced_or_claimed_twice():
+    """Objects apart, a good query for each: forcing and sharing change nothing."""
+    quality = torch.tensor([[.9, .0], [.5, .1], [.3, .0], [.0, .8], [.1, .41]])
+    assert released(quality) == pairs_of(quality) == [(0, 0), (1, 0), (3, 1), (4, 1)]
+
+
+def test_release_without_objects_or_queries_is_empty():
+    assert released(torch.zeros(5, 0)) == [] == released(torch.zeros(0, 3))
+
+
+def test_release_ties_go_to_the_lower_index():
+    assert released(torch.full((500, 3), 0.5)) == [(i, 0) for i in range(6)]

@@ -76,8 +76,8 @@ def test_two_stage_by_definition(cls, num_sets):
             sines = torch.cat([position.sine(side, D // 2) for side in box])            # (2D,)
             sines = ask.pos_project.weight @ sines + ask.pos_project.bias
             both = F.layer_norm(sines, (2 * D,), ask.pos_norm.weight, ask.pos_norm.bias)
-            content = ask.content[n] if cls is query_gen.TwoStageQueries else both[D:]
-            for t in range(num_sets):                   # both tasks start from the same query
+            for t in range(num_sets):           # both tasks start from the same box
+                content = ask.content[t][n] if cls is query_gen.TwoStageQueries else both[D:]
                 assert_close(queries.pos[t, b, n], both[:D], **EXACT)
                 assert_close(queries.content[t, b, n], content, **EXACT)
     assert queries.content.shape == queries.pos.shape == (num_sets, 2, 5, D)
@@ -110,5 +110,5 @@ def test_fewer_cells_than_queries(cls):
 
 
 def test_unmixed_queries_learn_no_content():
-    assert "content" in dict(query_gen.TwoStageQueries(5, D, C, 1).named_parameters())
+    assert "content.0" in dict(query_gen.TwoStageQueries(5, D, C, 1).named_parameters())
     assert "content" not in query_gen.UnmixedTwoStageQueries(5, D, C, 1).state_dict()

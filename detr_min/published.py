@@ -1,0 +1,150 @@
+"""Weights that others published, under our names: DAC-DETR's release and Deformable DETR's.
+
+A state dict is recognised and measured by its keys and shapes alone. Every key has a place: it
+fills one tensor of ours, or is a known copy and must equal its original, or served training only.
+Read after `model.py`; used by `checkpoints.py`.
+"""
+import re
+
+import torch
+
+from . import backbone_swin, coco_folder, config, model
+
+RENAMED = [                                 # our name, then theirs; all are tried, in this order
+    (r"^projections\.levels", r"input_proj"), (r"^label_embed", r"label_enc"),
+    (r"^queries\.(content\.0|pos_and_content)$", r"query_embed.weight"),
+    (r"^queries\.mini_detector\.(class|box)_head", r"decoder.\1_heads.last"),
+    (r"^queries\.mini_detector\.(project|norm)", r"queries.enc_output_\1"),
+    (r"enc_output_project", r"enc_output"), (r"^queries\.pos_project", r"queries.pos_trans"),
+    (r"^queries\.pos_norm", r"queries.pos_trans_norm"), (r"^queries\.", r"transformer."),
+    (r"^decoder\.class_heads", r"class_embed"),
+    (r"^decoder\.box_heads\.(\w+)\.(\d)", lambda found: (
+        f"bbox_embed.{found[1]}.layers.{int(found[2]) // 2}")),
+    (r"^encoder\.level", r"transformer.level"), (r"^(en|de)coder\.", r"transformer.\1coder."),
+    (r"(encoder\..*)\.attn", r"\1.self_attn"),
+    (r"\.norm_(attn|cross)", r".norm1"), (r"\.norm_self", r".norm2"),
+    (r"(encoder\..*)\.norm_ffn", r"\1.norm2"), (r"(decoder\..*)\.norm_ffn", r"\1.norm3"),
+    (r"\.ffn\.0", r".linear1"), (r"\.ffn\.2", r".linear2"),
+]
+COPIES = r"transformer\.decoder\.(class|bbox)_embed\."      # of the same names without this start
+NOT_TAKEN = r"label_enc\.weight|backbone\.0\.body\..*\.num_batches_tracked"     # served training
+INCOMPLETE = "no complete checkpoint of DAC-DETR or Deformable DETR"
+
+
+def recognises(content):
+    """Whether a file's content is, or holds as "model", a state dict of this family."""
+    state = content.get("model", content) if isinstance(content, dict) else ()
+    return any(str(key).startswith("transformer.encoder.layers.") for key in state)
+
+
+def their_name(name, decoder_layers):
+    """The published name of a tensor that our Detector calls `name`."""
+    part, _, rest = name.partition(".")
+    if part == "backbone":
+        return f"backbone.0.body.{backbone_swin.original_name(rest.removeprefix('body.'))}"
+    for ours, theirs in RENAMED:
+        name = re.sub(ours, theirs, name)
+    return name.replace("_embed.last.", f"_embed.{decoder_layers}.")    # heads of the encoder
+
+
+def categories(num_classes):
+    """[{"id", "name"}], id = label; 91 classes are COCO's."""
+    return coco_folder.all_ids() if num_classes == 91 else [{"id": i, "name": f"class {i}"}
+                                                            for i in range(num_classes)]
+
+
+def kind_of(theirs):
+    """Model and queries of a published state dict, in the words of `config.Config`."""
+    def has(start):
+        return any(key.startswith(start) for key in theirs)
+    if not has("transformer.enc_output") and not has("transformer.pos_trans"):
+        refined = has("transformer.decoder.bbox_embed.")
+        return ("deformable" if refined else "deformable_fixed"), "learned"
+    if has("query_embed.") or has("label_enc."):
+        return "dac_release", "two_stage"
+    return "deformable", "two_stage_unmixed"
+
+
+def count(theirs, start):
+    """How many layers or blocks there are whose keys go on with a number after `start`."""
+    return 1 + max((int(key.removeprefix(start).split(".")[0])
+                    for key in theirs if key.startswith(start)), default=-1)
+
+
+def swin_of(theirs):
+    """Arguments of backbone_swin.Swin; a window of w x w cells has (2w - 1)^2 rows of bias."""
+    stages = [f"backbone.0.body.layers.{stage}.blocks." for stage in range(4)]
+    tables = [theirs[f"{stage}0.attn.relative_position_bias_table"] for stage in stages]
+    return (len(theirs["backbone.0.body.patch_embed.proj.bias"]),
+            tuple(count(theirs, stage) for stage in stages),
+            tuple(table.shape[1] for table in tables), (round(len(tables[0]) ** 0.5) + 1) // 2,
+            config.Recipe().swin[-1])
+
+
+def config_of(theirs, args):
+    """The Config of a published state dict, all sizes read off its shapes.
+
+    Two numbers no shape tells: the heads and, where no query is learned, the queries. `args`, their
+    command line as a dict, may hold them; else it is 8 and 300. KeyError: a tensor is missing.
+    """
+    is_swin = any(key.startswith("backbone.0.body.patch_embed.") for key in theirs)
+    sizes = {"swin": swin_of(theirs)} if is_swin else {}
+    kind, queries = kind_of(theirs)
+    num_levels, d_model = theirs["transformer.level_embed"].shape
+    num_heads, layers = args.get("nheads", 8), "transformer.encoder.layers."
+    points = len(theirs[f"{layers}0.self_attn.attention_weights.bias"])
+    num_classes = len(theirs["class_embed.0.bias"])
+    num_labels = len(theirs.get("label_enc.weight", ()))        # 92 whatever the release trains
+    has_labels = num_labels > 0 and (num_labels != 92 or num_classes == 91)
+    return config.preset(
+        "paper_swin_l" if is_swin else "paper_r50", model=kind, queries=queries, batch=2, **sizes,
+        d_model=d_model, num_heads=num_heads, num_levels=num_levels,
+        num_points=points // (num_heads * num_levels), d_ffn=len(theirs[f"{layers}0.linear1.bias"]),
+        encoder_layers=count(theirs, layers),
+        decoder_layers=count(theirs, "transformer.decoder.layers."),
+        num_queries=(args.get("num_queries", 300) if queries == "two_stage_unmixed"
+                     else len(theirs["query_embed.weight"])),
+        num_classes=num_classes, dn_number=100 if has_labels else 0,
+        detections=300 if kind == "dac_release" else 100)       # as each of the two was tested
+
+
+def convert(content):
+    """A published checkpoint as our config, categories and state dict.
+
+    Args:
+        content  what the file holds: {"model": state dict, "args": Namespace, ...}, or state dict
+    Returns:
+        config.Config, [{"id", "name"}], {our name: tensor}
+    Raises:
+        ValueError: tensors are missing, left over, of another shape, or copies that differ
+    """
+    theirs, args = dict(content.get("model", content)), content.get("args", {})
+    theirs.update({key: tensor.flatten() for key, tensor in theirs.items()
+                   if key.endswith(".relative_position_index")})
+    try:
+        cfg = config_of(theirs, args if isinstance(args, dict) else vars(args))
+        with torch.device("meta"):                      # names and shapes, no memory, no numbers
+            own = model.build(cfg).state_dict()
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{INCOMPLETE}: {error} tells sizes, but is missing or odd") from error
+    wanted = {their_name(name, cfg.recipe.decoder_layers): name for name in own}
+    copies = {key: re.sub(COPIES, r"\1_embed.", key) for key in theirs if re.match(COPIES, key)}
+    for kind in {original.split(".")[0] for original in copies.values()}:   # all of them, or none
+        copies |= {f"transformer.decoder.{key}": key
+                   for key in wanted if key.startswith(f"{kind}.")}
+    taken = {name: theirs[key] for key, name in wanted.items() if key in theirs}
+    refused = {
+        "missing": (wanted.keys() | copies.keys()) - theirs.keys(),
+        "left over": {key for key in theirs.keys() - wanted.keys()
+                      if copies.get(key) not in wanted and not re.fullmatch(NOT_TAKEN, key)},
+        "of another shape": {f"{key} {[*theirs[key].shape]}, not {[*own[name].shape]}" for key, name
+                             in wanted.items() if name in taken
+                             and taken[name].shape != own[name].shape},
+        "unlike the tensor it copies": {
+            key for key, original in copies.items() if {key, original} <= theirs.keys()
+            and not torch.equal(theirs[key], theirs[original])}}
+    if any(refused.values()):
+        raise ValueError(f"{INCOMPLETE}: " + "; ".join(
+            f"{len(keys)} {problem} ({', '.join(sorted(keys)[:20])}{', ...' * (len(keys) > 20)})"
+            for problem, keys in refused.items() if keys))
+    return cfg, categories(cfg.recipe.num_classes), taken

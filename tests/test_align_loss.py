@@ -1,0 +1,136 @@
+"""The IoU-aware loss of "DAC-DETR + Align" [Align-DETR Eq. 4-7]: by hand, by loops, saturated."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from detr_min import align_loss
+
+
+def f64(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+def test_ranks_by_hand():
+    """Object 0 has .9 > .7 > .5, object 2 has .8 > .6, each counted on its own."""
+    quality, gt_idx = f64(.5, .8, .9, .6, .7), torch.tensor([0, 2, 0, 2, 0])
+    assert align_loss.rank_within_object(quality, gt_idx).tolist() == [2, 0, 0, 1, 1]
+
+
+def test_equal_qualities_rank_by_position():
+    """Pairs come sorted by query, so the lower query wins; and there is no rank twice."""
+    gt_idx = torch.tensor([1, 0, 1, 0, 1])
+    assert align_loss.rank_within_object(torch.full((5,), .3), gt_idx).tolist() == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("steps", [3, 1000])
+def test_ranks_by_definition(steps):
+    """The position among the pairs of the same object, sorted; with 3 steps most are tied."""
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        quality = torch.randint(steps, (20,), generator=g).double() / steps
+        gt_idx, expected = torch.randint(4, (20,), generator=g), [0] * 20
+        for j in range(4):
+            pairs = [i for i in range(20) if gt_idx[i] == j]
+            for rank, i in enumerate(sorted(pairs, key=lambda i: (-quality[i].item(), i))):
+                expected[i] = rank
+        assert align_loss.rank_within_object(quality, gt_idx).tolist() == expected
+
+
+def test_no_pair_has_no_rank():
+    empty = torch.zeros(0, dtype=torch.long)
+    assert align_loss.rank_within_object(torch.zeros(0), empty).shape == (0,)
+    targets, weights = align_loss.ranked_target(torch.zeros(0), torch.zeros(0), empty)
+    assert targets.shape == weights.shape == (0,)
+
+
+# --- targets and weights --------------------------------------------------------------------------
+
+def test_target_by_hand():
+    """[Align-DETR Eq. 4-7]  u = .5^.25 * .5^.75 = .5 and .25; w = 1 and exp(-1/1.5) = .5134."""
+    targets, weights = align_loss.ranked_target(f64(.25, .5), f64(.25, .5), torch.tensor([0, 0]))
+    assert_close(weights, f64(math.exp(-1 / 1.5), 1), atol=1e-12, rtol=0)
+    assert_close(targets, f64(.25 * math.exp(-1 / 1.5), .5), atol=1e-12, rtol=0)
+    assert_close(align_loss.ranked_target(f64(.2), f64(.9), torch.tensor([0]))[0],
+                 f64(.2 ** .25 * .9 ** .75), atol=1e-12, rtol=0)        # .62 in Align-DETR's Fig. 3
+
+
+def test_the_weights_of_six_candidates():
+    """The table in the release's facts, and the docstring's: 1, .51, .26, .14, .07, .04."""
+    u = f64(.9, .8, .7, .6, .5, .4)
+    _, weights = align_loss.ranked_target(u, u, torch.zeros(6, dtype=torch.long))
+    assert_close(weights, f64(1, .513, .264, .135, .069, .036), atol=5e-4, rtol=0)
+
+
+def test_one_to_one_pairs_all_weigh_one():
+    """The O-Decoder's: one pair an object, so the same code serves and the target is u itself."""
+    u = f64(.9, .1, .5)
+    assert_close(align_loss.ranked_target(u, u, torch.tensor([2, 0, 1])), (u, f64(1, 1, 1)))
+
+
+def test_a_pair_without_overlap_keeps_a_target_of_a_hundredth_and_ranks_last():
+    targets, weights = align_loss.ranked_target(f64(.9, .5), f64(0, .5), torch.tensor([0, 0]))
+    assert_close(weights, f64(math.exp(-1 / 1.5), 1))
+    assert_close(targets, f64(.01 * math.exp(-1 / 1.5), .5))
+
+
+def test_targets_and_weights_have_no_gradient():
+    scores, ious = f64(.5, .6).requires_grad_(), f64(.5, .7).requires_grad_()
+    targets, weights = align_loss.ranked_target(scores, ious, torch.tensor([0, 0]))
+    assert not targets.requires_grad and not weights.requires_grad
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+def test_loss_by_hand():
+    """[Align-DETR Eq. 4-7]  Logit 0: positive of target .3, and a negative. Both logs are ln 2."""
+    loss = align_loss.align_loss(f64(0, 0)[None], f64(.3, 0)[None])
+    assert_close(loss, f64((.3 + .7) * math.log(2) + .25 * math.log(2))[0], atol=1e-12, rtol=0)
+
+
+def test_loss_by_definition():
+    """[Align-DETR Eq. 4-7]  -a log p - b log(1-p), entry by entry."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=g, dtype=torch.float64) * 3
+    targets, expected = torch.zeros(6, 4, dtype=torch.float64), 0.0
+    targets[0, 1], targets[3, 3], targets[5, 0] = .8, .01, .3
+    for z, y in zip(logits.flatten().tolist(), targets.flatten().tolist()):
+        p = 1 / (1 + math.exp(-z))
+        a, b = (y, 1 - y) if y > 0 else (0, p ** 2)
+        expected += -a * math.log(p) - b * math.log(1 - p)
+    assert_close(align_loss.align_loss(logits, targets), f64(expected)[0], atol=1e-12, rtol=0)
+
+
+def test_gradient_of_a_negative_flows_through_its_weight():
+    """d/dz [-p^2 log(1-p)] = p^3 - 2 p^2 (1-p) log(1-p); with b detached only p^3 would be left."""
+    logits = f64(-1., .5, 2.).requires_grad_()
+    p = logits.detach().sigmoid()
+    gradient, = torch.autograd.grad(align_loss.align_loss(logits, torch.zeros(3).double()), logits)
+    assert_close(gradient, p ** 3 - 2 * p ** 2 * (1 - p) * (1 - p).log(), atol=1e-12, rtol=0)
+
+
+def test_gradient_of_a_positive_vanishes_at_its_target():
+    """Plain cross-entropy: p - y, pulled up below the target and down above, no focal factor."""
+    logits, targets = f64(-1., .5, 2.).requires_grad_(), f64(.9, .6, .1)
+    gradient, = torch.autograd.grad(align_loss.align_loss(logits, targets), logits)
+    assert_close(gradient, logits.detach().sigmoid() - targets, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -120., 120., 1e4])
+def test_saturated_logits_are_finite_unlike_the_release(logit):
+    """The release takes log(sigmoid(z)): at z = -120 in float32 that is log(0)."""
+    logits = torch.full((3, 2), logit, requires_grad=True)
+    targets = torch.tensor([[.5, 0.], [0., 0.], [1., .01]])
+    loss = align_loss.align_loss(logits, targets)
+    gradient, = torch.autograd.grad(loss, logits)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert not (targets * logits.sigmoid().log() + (1 - targets) * (1 - logits.sigmoid()).log()
+                ).sum().isfinite()                                      # what the release computes
+
+
+def test_no_query_at_all():
+    loss = align_loss.align_loss(torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3))
+    assert loss == 0 and loss.requires_grad

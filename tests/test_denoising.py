@@ -1,0 +1,333 @@
+"""Contrastive denoising queries: layout, noise, the mask by hand, and that nobody peeps."""
+import pytest
+import torch
+from test_criterion import emptied, two_pictures
+from torch import nn
+from torch.testing import assert_close
+
+from detr_min import boxes, config, criterion, data, denoising, model, query_gen
+
+SIZES = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1, decoder_layers=2,
+             num_queries=8, num_classes=3, num_levels=3, dn_number=4)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def targets_(*objects, C=3):
+    generator = seeded()
+    return [data.Target(torch.randint(C, (M,), generator=generator),
+                        torch.rand(M, 4, generator=generator) * .3 + .35, i, (64, 64))
+            for i, M in enumerate(objects)]
+
+
+def detector_(name="dac", queries="two_stage", **sizes):
+    torch.manual_seed(0)
+    detector = model.build(config.preset("shapes", model=name, queries=queries,
+                                         **{**SIZES, **sizes})).train()
+    with torch.no_grad():                   # off their initial values: box heads start at zero
+        for parameter in (*detector.decoder.parameters(), *detector.queries.parameters()):
+            parameter += .05 * torch.randn(parameter.shape)
+    return detector
+
+
+# --- how many, and where --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("most, groups", [(1, 100), (3, 33), (7, 14), (100, 1), (101, 1), (300, 1)])
+def test_number_of_groups(most, groups):
+    """G = max(1, 2 * 100 // (2 * most)); E = 2 * most * G."""
+    noisy = denoising.noisy_copies(targets_(most, 1), 3, seeded(), dn_number=100)
+    assert noisy.num_groups == groups == max(1, 200 // (2 * most))
+    assert noisy.labels.shape == (2, 2 * most * groups) == noisy.boxes.shape[:2]
+
+
+def test_layout_without_noise_is_positives_then_negatives_in_each_group():
+    """Two images of 2 and 1 objects, G = 2: slots 0-1 positive, 2-3 negative, 4-5, 6-7 again."""
+    targets = targets_(2, 1)
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4, label_noise=0, box_noise=0)
+    a, b = targets[0].labels.tolist()
+    assert noisy.labels.tolist() == [[a, b] * 4, [targets[1].labels.item(), 3] * 4]
+    assert_close(noisy.boxes[0], targets[0].boxes.repeat(4, 1))
+    empty = torch.full((4, 4), .5)
+    assert_close(noisy.boxes[1, 0::2], targets[1].boxes.expand(4, 4))
+    assert_close(noisy.boxes[1, 1::2], empty)
+
+
+def test_what_is_to_be_restored_by_hand():
+    """Same batch: image 0's positives are slots 0, 1, 4, 5, image 1's 0 and 4; a copy a slot."""
+    targets = targets_(2, 1)
+    copies, pairs, groups = denoising.to_restore(targets, 8)
+    assert groups == 2
+    assert [t.tolist() for t in pairs[0]] == [[0, 1, 4, 5], [0, 1, 2, 3]]
+    assert [t.tolist() for t in pairs[1]] == [[0, 4], [0, 1]]
+    assert copies[0].labels.tolist() == targets[0].labels.tolist() * 2
+    assert_close(copies[1].boxes, targets[1].boxes.expand(2, 4))
+
+
+def test_a_positive_restores_the_object_it_was_made_of():
+    """noisy_copies and to_restore agree on the layout, whatever the counts."""
+    targets = targets_(3, 0, 5, 1)
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 23, label_noise=0, box_noise=0)
+    copies, pairs, groups = denoising.to_restore(targets, noisy.labels.shape[1])
+    assert groups == noisy.num_groups == 4
+    for b, (query_idx, gt_idx) in enumerate(pairs):
+        assert len(query_idx) == groups * len(targets[b].labels)
+        assert_close(noisy.labels[b, query_idx], copies[b].labels[gt_idx])
+        assert_close(noisy.boxes[b, query_idx], copies[b].boxes[gt_idx])
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+def test_corners_move_by_less_than_one_or_one_to_two_noises_of_half_a_side():
+    """Positives u in [0, 1), negatives [1, 2), times .4 of half the side, either way."""
+    targets = [t._replace(boxes=t.boxes / 2 + .25) for t in targets_(4, 4)]     # nothing to clamp
+    noisy = denoising.noisy_copies(targets, 3, seeded(), dn_number=400)
+    before = torch.stack([boxes.to_xyxy(t.boxes) for t in targets])[:, None, None]
+    half = torch.stack([t.boxes[:, 2:].repeat(1, 2) / 2 for t in targets])[:, None, None]
+    after = boxes.to_xyxy(noisy.boxes.unflatten(1, (100, 2, 4)))        # (B, G, 2, M, 4)
+    u = (after - before) / half / .4
+    positive, negative = u[:, :, 0], u[:, :, 1]
+    assert positive.abs().max() < 1 + 1e-4 and positive.abs().max() > .99
+    assert negative.abs().min() > 1 - 1e-4 and negative.abs().max() < 2 + 1e-4
+    assert negative.abs().max() > 1.99 and positive.abs().min() < .01
+    for part in (positive, negative):               # 3200 draws: .5 sigma of a mean is .01
+        assert abs((part > 0).float().mean() - .5) < .04
+    assert abs(positive.abs().mean() - .5) < .03 and abs(negative.abs().mean() - 1.5) < .03
+    corners = u.flatten(0, 3)
+    assert abs(torch.corrcoef(corners.T) - torch.eye(4)).max() < .06    # each coordinate its own
+
+
+def test_noisy_boxes_are_clamped_to_the_image_and_keep_an_area():
+    target = data.Target(torch.tensor([0]), torch.tensor([[.5, .5, 1., 1.]]), 0, (64, 64))
+    noisy = denoising.noisy_copies([target], 3, seeded())
+    corners = boxes.to_xyxy(noisy.boxes)
+    assert corners.min() >= 0 and corners.max() <= 1 + 1e-6 and noisy.boxes[..., 2:].min() > .1
+    assert (corners[..., 0] == 0).any() and (corners[..., 0] > .1).any()
+
+
+def test_a_quarter_of_the_labels_is_drawn_anew():
+    """Probability .5 * .5; a draw hits the old label once in C times, so 1/4 * (1 - 1/C) change."""
+    targets = targets_(10, 10, C=4)
+    noisy = denoising.noisy_copies(targets, 4, seeded(), dn_number=1000)
+    old = torch.stack([t.labels for t in targets])[:, None]
+    new = noisy.labels.unflatten(1, (200, 10))                          # 4000 labels, sigma .6 %
+    assert abs((new != old).float().mean() - .25 * .75) < .02
+    drawn = new[new != old]
+    assert sorted(drawn.unique().tolist()) == [0, 1, 2, 3] and new.max() < 4
+    for part in noisy.labels.unflatten(1, (100, 2, 10)).unbind(2):      # positives and negatives
+        assert abs((part != old).float().mean() - .25 * .75) < .03
+
+
+def test_noise_is_a_pure_function_of_targets_and_generator():
+    targets, state = targets_(3, 2), torch.get_rng_state()
+    a, b, c = (denoising.noisy_copies(targets, 3, seeded(seed)) for seed in (1, 1, 2))
+    assert_close(tuple(a), tuple(b), atol=0, rtol=0)
+    assert (a.boxes != c.boxes).any() and (a.labels != c.labels).any()
+    assert torch.equal(state, torch.get_rng_state())                    # the global stream is left
+
+
+def test_groups_get_noise_of_their_own():
+    noisy = denoising.noisy_copies(targets_(2), 3, seeded(), dn_number=6)
+    assert len(noisy.boxes[0].unique(dim=0)) == noisy.boxes.shape[1] == 12
+
+
+# --- the mask -------------------------------------------------------------------------------------
+
+def test_mask_by_hand():
+    """Two groups of 2 and 1 matching query; x = may not look."""
+    assert denoising.blocked(4, 2, 1).int().tolist() == [[0, 0, 1, 1, 0],       # group 0: itself,
+                                                         [0, 0, 1, 1, 0],       # the matching one
+                                                         [1, 1, 0, 0, 0],
+                                                         [1, 1, 0, 0, 0],
+                                                         [1, 1, 1, 1, 0]]       # they see none
+
+
+def test_mask_without_denoising_queries_blocks_nothing():
+    assert denoising.blocked(0, 1, 3).tolist() == [[False] * 3] * 3
+
+
+def test_prepend_puts_them_in_front():
+    """Content is the label's embedding, 0 in empty slots; both sets of SD-DETR get the same."""
+    targets = targets_(2, 1)
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
+    label_embed, pos = nn.Embedding(4, 6), torch.randn(2, 8, 6)
+    plain = query_gen.Queries(torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6),
+                              torch.rand(2, 5, 4), None)
+    queries = denoising.prepend(noisy, plain, label_embed, pos)
+    for one_set in range(2):
+        content = queries.content[one_set]
+        assert_close(content[0, :8], label_embed.weight[noisy.labels[0]])
+        assert (content[1, 1:8:2] == 0).all() and (content[1, 0:8:2] != 0).all()
+        assert_close(queries.pos[one_set, :, :8], pos)
+    assert_close(queries.content[:, :, 8:], plain.content)
+    assert_close(queries.pos[:, :, 8:], plain.pos)
+    assert_close(queries.ref_boxes, torch.cat([noisy.boxes, plain.ref_boxes], 1))
+    assert_close(queries.is_blocked, denoising.blocked(8, 2, 5))
+
+
+# --- in the model ---------------------------------------------------------------------------------
+
+MODELS = [("deformable", "two_stage"), ("dac", "two_stage"), ("dac_release", "two_stage"),
+          ("decoupled", "two_stage"), ("dac_decoupled", "two_stage"), ("split", "two_stage"),
+          ("dac", "two_stage_unmixed")]
+
+
+@pytest.mark.parametrize("name, queries", MODELS)
+def test_matching_queries_know_nothing_of_the_denoising_ones(name, queries):
+    """Other noise, or none: the detections are the same. The noisy ones do see the others."""
+    detector, (images, is_pad, targets) = detector_(name, queries), two_pictures()
+    a, b = (denoising.noisy_copies(targets, 3, seeded(seed), 4) for seed in (0, 1))
+    with torch.no_grad():
+        plain, first, second = (detector(images, is_pad, *noisy) for noisy in ((), (a,), (b,)))
+    assert plain.o_denoised == plain.c_denoised == ()
+    for branch in ("o_decoder", "c_decoder", "proposals"):
+        assert_close(getattr(first, branch), getattr(second, branch), atol=0, rtol=0)
+        assert_close(getattr(first, branch), getattr(plain, branch), atol=1e-5, rtol=0)
+    assert (first.o_denoised[-1].boxes - second.o_denoised[-1].boxes).abs().max() > 1e-2
+    assert len(first.o_denoised) == len(first.o_decoder) == 2
+    assert len(first.c_denoised) == len(first.c_decoder) == (2 if "dac" in name else 0)
+    assert first.o_denoised[0].boxes.shape == (2, 8, 4)                 # G = 2, E = 2 * 2 * 2
+    assert first.o_decoder[0].boxes.shape == (2, 8, 4)
+
+
+@pytest.mark.parametrize("name", ["dac", "dac_release", "decoupled"])
+def test_groups_are_independent(name):
+    """Nudge a box of group 0: that group answers otherwise, group 1 does not, to the last bit."""
+    detector, (images, is_pad, targets) = detector_(name), two_pictures()
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
+    nudged = noisy._replace(boxes=noisy.boxes.clone())
+    nudged.boxes[0, 0] = torch.tensor([.2, .3, .1, .2])
+    with torch.no_grad():
+        before, after = (detector(images, is_pad, n).o_denoised[-1] for n in (noisy, nudged))
+    change = (before.logits - after.logits).abs().amax(-1)[0]           # (E,) of image 0
+    assert (change[:4] > 0).all() and (change[4:] == 0).all()
+
+
+def test_positions_and_references_come_from_the_noisy_boxes():
+    """Untrained, layer 1 answers with its reference: the noisy box itself."""
+    torch.manual_seed(0)
+    detector = model.build(config.preset("shapes", **SIZES)).train()
+    images, is_pad, targets = two_pictures()
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
+    output = detector(images, is_pad, noisy)
+    for layers in (output.o_denoised, output.c_denoised):
+        assert_close(layers[0].boxes, noisy.boxes, atol=2e-5, rtol=0)   # logit clamps at 1e-5
+
+
+def test_a_noisy_box_has_the_position_that_any_query_with_this_box_has(monkeypatch):
+    """Noisy boxes set to the proposals of the same image: equal positions, slot by query."""
+    detector, (images, is_pad, targets), seen = detector_(), two_pictures(), []
+    run = detector.decoder.both_decoders
+    monkeypatch.setattr(detector.decoder, "both_decoders",
+                        lambda queries, memory: seen.append(queries) or run(queries, memory))
+    detector(images, is_pad)
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
+    detector(images, is_pad, noisy._replace(boxes=seen[0].ref_boxes))           # E = N = 8
+    assert_close(seen[1].pos[:, :, :8], seen[1].pos[:, :, 8:], atol=1e-5, rtol=0)
+    assert (seen[1].pos[0, 0, 0] - seen[1].pos[0, 0, 1]).abs().max() > .01
+
+
+def test_without_denoising_there_is_no_label_embedding():
+    assert model.build(config.preset("shapes")).label_embed is None
+    assert detector_().label_embed.weight.shape == (4, 32)              # classes + 1, as released
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+def losses(detector, targets, kind="align"):
+    images, is_pad, _ = two_pictures()
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
+    output = detector(images, is_pad, noisy)
+    num_objects = max(1., float(sum(len(t.labels) for t in targets)))
+    return output, criterion.detection_loss(output, targets, num_objects,
+                                            criterion.CLASS_LOSSES[kind])
+
+
+def test_losses_of_both_decoders_are_there_and_normalised_by_all_copies():
+    """Positives only: negatives and empty slots are background. Normaliser G * objects."""
+    targets = two_pictures()[2]
+    output, parts = losses(detector_(), targets)
+    assert list(parts) == ["O", "C", "encoder", "O_denoising", "C_denoising"]
+    copies, pairs, _ = denoising.to_restore(targets, 8)
+    for name, layers in (("O_denoising", output.o_denoised), ("C_denoising", output.c_denoised)):
+        expected = sum(torch.stack(criterion.layer_loss(p, pairs, copies,
+                                                        criterion.CLASS_LOSSES["align"]))
+                       for p in layers) / (2 * 3)                       # G = 2, 3 objects
+        assert_close(torch.stack(parts[name][:3]), expected)
+        assert parts[name].pairs == 6                                   # of 16 slots
+
+
+def test_negatives_and_empty_slots_learn_that_there_is_nothing():
+    """Every class of theirs is pushed down; a positive's own is pulled up."""
+    targets = two_pictures()[2]
+    output, parts = losses(detector_("deformable"), targets, "focal")
+    logits = output.o_denoised[-1].logits
+    gradient, = torch.autograd.grad(parts["O_denoising"].cls, logits)
+    positives = torch.zeros_like(logits, dtype=torch.bool)
+    for b, (query_idx, _) in enumerate(denoising.to_restore(targets, 8)[1]):
+        positives[b, query_idx, targets[b].labels.repeat(2)] = True
+    assert positives.sum() == 6
+    assert (gradient[positives] < 0).all() and (gradient[~positives] > 0).all()
+
+
+@pytest.mark.parametrize("empty", ["one image", "whole batch"])
+@pytest.mark.parametrize("name, queries", MODELS)
+def test_images_without_objects_are_a_normal_case(name, queries, empty):
+    """No object in the batch: no slot, loss 0, and still every parameter has a gradient."""
+    *_, targets = two_pictures()
+    targets = [emptied(targets[0]), emptied(targets[1]) if empty == "whole batch" else targets[1]]
+    detector = detector_(name, queries)
+    output, parts = losses(detector, targets)
+    criterion.total(parts).backward()
+    for parameter_name, parameter in detector.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+    if empty == "whole batch":
+        assert output.o_denoised[0].logits.shape == (2, 0, 3)
+        assert all(term == 0 for term in parts["O_denoising"])
+        assert detector.label_embed.weight.grad.abs().max() == 0
+    else:
+        assert detector.label_embed.weight.grad.abs().max() > 0
+
+
+def test_noise_is_restored_better_after_some_training():
+    """Two images, 100 steps: the denoised boxes come closer than the noisy ones were."""
+    torch.manual_seed(0)
+    detector = model.build(config.preset("shapes", model="dac_release", **SIZES)).train()
+    images, is_pad, targets = two_pictures()
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    for step in range(100):
+        noisy = denoising.noisy_copies(targets, 3, seeded(step), 20)
+        parts = criterion.detection_loss(detector(images, is_pad, noisy), targets, 3.,
+                                         criterion.CLASS_LOSSES["align"])
+        optimizer.zero_grad()
+        criterion.total(parts).backward()
+        nn.utils.clip_grad_norm_(detector.parameters(), 1.)
+        optimizer.step()
+    noisy = denoising.noisy_copies(targets, 3, seeded(99), 40)
+    with torch.no_grad():
+        output = detector(images, is_pad, noisy)
+    copies, pairs, _ = denoising.to_restore(targets, noisy.labels.shape[1])
+    before, after = [], []
+    for b, ((query_idx, _), copy) in enumerate(zip(pairs, copies)):
+        before.append(boxes.paired_iou(noisy.boxes[b, query_idx], copy.boxes))
+        after.append(boxes.paired_iou(output.o_denoised[-1].boxes[b, query_idx], copy.boxes))
+    assert torch.cat(after).mean() > torch.cat(before).mean() + .05
+
+
+# --- presets and the training program -------------------------------------------------------------
+
+def test_presets():
+    """100 in the papers' recipes, none in the small ones; learned points take none."""
+    numbers = {name: config.preset(name).recipe.dn_number for name in config.PRESETS}
+    assert numbers == {"shapes": 0, "coco": 0, "paper_r50": 100, "paper_swin_l": 100,
+                       "release": 100}
+    for queries in ("learned", "task_aware"):
+        assert config.preset("paper_r50", queries=queries).recipe.dn_number == 0
+        with pytest.raises(ValueError, match=f"{queries} takes no denoising queries"):
+            config.preset("paper_r50", queries=queries, dn_number=100)
+
+
+def test_the_release_preset_is_paper_r50_with_the_releases_decoder_and_loss():
+    changes = {"preset": "release", "model": "dac_release", "loss": "align"}
+    assert config.preset("release") == config.preset("paper_r50", **changes)

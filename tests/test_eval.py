@@ -1,0 +1,132 @@
+"""The evaluation program: the table of a run again, other data, photos, and where it looks."""
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as program
+import train
+from detr_min import checkpoints, runs, shapes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps on shapes of 64 pixels, its table and its AP."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runs, "NUM_VAL_SHAPES", 4)
+    words = "train.py --images 4 --batch 2 --size 64 --steps 2 --device cpu --out"
+    patch.setattr(sys, "argv", [*words.split(), str(folder)])
+    tables = []
+    evaluate = train.evaluate.evaluate
+    patch.setattr(train.evaluate, "evaluate", lambda *a, **k: tables.append(evaluate(*a, **k))
+                  or tables[-1])
+    train.main()
+    patch.undo()
+    return folder, tables[1][1]         # of the validation at the last step; then comes train AP
+
+
+@pytest.fixture(autouse=True)
+def few_validation_images(monkeypatch):
+    monkeypatch.setattr(runs, "NUM_VAL_SHAPES", 4)
+
+
+def photo(path, size=(90, 60), mode="RGB", seed=0):
+    """A picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def test_a_run_gives_its_own_table_again(run, capsys):
+    folder, table = run
+    program.main([str(folder), "--device", "cpu"])
+    assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_another_folder_is_read_by_class_name(run, tmp_path, capsys):
+    """Categories under other ids, in another order: names decide."""
+    shapes.write_folder(tmp_path / "data", 2, 3, size_px=64)
+    path = tmp_path / "data" / "annotations" / "instances_val.json"
+    coco = json.loads(path.read_text())
+    new = {c["id"]: 90 - 10 * i for i, c in enumerate(coco["categories"])}
+    for category in coco["categories"]:
+        category["id"] = new[category["id"]]
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = new[annotation["category_id"]]
+    program.main([str(run[0]), "--coco", str(tmp_path / "data"), "--out", str(tmp_path / "before")])
+    path.write_text(json.dumps(coco))
+    program.main([str(run[0]), "--coco", str(tmp_path / "data"), "--out", str(tmp_path / "after")])
+    before, after = (json.loads((tmp_path / name / "eval.json").read_text())
+                     for name in ("before", "after"))
+    assert before == after and "3 images" in capsys.readouterr().out
+
+
+def test_classes_that_were_not_trained_are_named(run, tmp_path):
+    shapes.write_folder(tmp_path, 2, 3, size_px=64)
+    path = tmp_path / "annotations" / "instances_val.json"
+    path.write_text(path.read_text().replace('"ellipse"', '"zebra"'))
+    with pytest.raises(ValueError, match="zebra.*trained: .*ellipse"):
+        program.main([str(run[0]), "--coco", str(tmp_path)])
+
+
+def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
+    for i, name in enumerate(("RGB.jpg", "L.jpg", "RGBA.png", "CMYK.jpg", "P.png")):
+        photo(tmp_path / name, mode=name.split(".")[0], seed=i)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    out = tmp_path / "out"
+    program.main([str(run[0]), "--photos", str(tmp_path), "--threshold", "0", "--top_k", "3",
+                  "--out", str(out)])
+    rows = json.loads((out / "detections.json").read_text())
+    assert {row["file"] for row in rows} == {"RGB.jpg", "L.jpg", "RGBA.png", "CMYK.jpg", "P.png"}
+    assert len(rows) == 5 * 3 and len(list(out.glob("*.png"))) == 5
+    for row in rows:
+        x1, y1, x2, y2 = row["box_xyxy"]
+        assert 0 <= x1 <= x2 <= 90 and 0 <= y1 <= y2 <= 60 and row["label"] in shapes.CLASSES
+    assert "notes.txt is no readable picture" in capsys.readouterr().err
+
+
+def test_a_photo_is_turned_as_its_exif_says(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # to be shown turned by 90 degrees
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    program.main([str(run[0]), "--photos", str(tmp_path / "turned.jpg"), "--threshold", "0",
+                  "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert max(row["box_xyxy"][3] for row in rows) > 60         # 60 wide and 90 high now
+    assert max(row["box_xyxy"][2] for row in rows) <= 60
+
+
+def test_no_readable_photo_is_an_error(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    with pytest.raises(ValueError, match="no readable picture"):
+        program.main([str(run[0]), "--photos", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_sampling_points_are_drawn(run, tmp_path):
+    photo(tmp_path / "a.png")
+    program.main([str(run[0]), "--points", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out" / "a.png.points.png") as picture:
+        assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize("words, message", [
+    (["nowhere"], "nowhere does not exist"), (["--threshold", "2", "x"], "--threshold")])
+def test_mistakes_are_told_in_a_sentence(words, message, capsys):
+    with pytest.raises((ValueError, OSError, SystemExit)) as stop:
+        program.main(words)
+    assert re.search(message, str(stop.value) + capsys.readouterr().err)
+
+
+def test_the_answer_does_not_depend_on_the_unused_half(run):
+    """In eval mode there is no C-Decoder; only its O-Decoder answers."""
+    detector = checkpoints.load_model(run[0])
+    images, is_pad = torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    output = detector(images, is_pad)
+    assert output.c_decoder == [] and len(output.o_decoder) == detector.config.recipe.decoder_layers
+    assert pathlib.Path(run[0], "config.json").exists()
