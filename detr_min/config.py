@@ -22,7 +22,8 @@ class Recipe:
     num_classes: int = 80           # set from the data; nobody types it
     max_size: int = 1333            # longest side of an image, pixels
     warmup: int = 0                 # steps of linearly growing learning rate
-    decay: str = "step"             # step: x0.1 for the last 1/12 of the run; cosine: to 0
+    decay: str = "step"             # step: x0.1 once; cosine: to 0
+    drop_at: float = 11 / 12        # share of the run before that step; release, 24 epochs: 20 / 24
     slow_lr: float = 0.1            # factor on the learning rate of backbone and sampling offsets
     weight_decay: float = 1e-4
     clip: float = 0.1               # largest L2 norm of the gradient
@@ -62,14 +63,14 @@ PRESETS = {
                    d_model=128, num_heads=4, num_levels=3, d_ffn=256, encoder_layers=1,
                    decoder_layers=3, num_queries=50, num_classes=4, warmup=50, decay="cosine",
                    clip=1.0, slow_lr=1.0),
-    "coco": dict(steps=700, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
+    "coco": dict(steps=1000, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
                  num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
                  warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
     "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333,
                       detections=300, dn_number=100),
     "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333,
                          detections=300, dn_number=100),
-                         # 24 epochs: weight_decay .05, last of swin .5 (release)
+                         # 24 epochs: drop_at 20 / 24, weight_decay .05, last of swin .5 (release)
 }
 PRESETS["release"] = {**PRESETS["paper_r50"], "model": "dac_release", "loss": "align"}
 

@@ -65,7 +65,8 @@ def predictions(model, dataset, out_png, num_images=8, threshold=0.5):
         for box in objects:
             frame(axes, box, "white", "--")
         shown = detections(axes, found, [c["name"] for c in dataset.categories], threshold)
-        axes.set_title(f"image {entry['id']}: {len(objects)} objects, {shown} found", fontsize=8)
+        axes.set_title(f"image {entry['id']}: {len(objects)} objects, {shown} found above "
+                       f"{threshold:g}", fontsize=8)
     return save(figure, out_png)
 
 

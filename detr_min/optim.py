@@ -23,7 +23,7 @@ def make_optimizer(detector, cfg):
 def set_learning_rate(optimizer, step, cfg):
     """A pure function of the step: linear warm-up, then cosine or one drop. Returns the rate."""
     r, share = cfg.recipe, step / cfg.steps
-    drop, cosine = 0.1 ** (share >= 11 / 12), 0.5 * (1 + math.cos(math.pi * share))
+    drop, cosine = 0.1 ** (share >= r.drop_at), 0.5 * (1 + math.cos(math.pi * share))
     decay = cosine if r.decay == "cosine" else drop
     lr = cfg.lr * min(1.0, (step + 1) / (r.warmup + 1)) * decay
     for group in optimizer.param_groups:

@@ -133,6 +133,8 @@ def start(cfg, device, say):
             f"{', '.join(left) or '-'}")
     elif cfg.backbone == "resnet50":
         detector.backbone.load_imagenet()
+    elif cfg.backbone == "swin_l":
+        say("the Swin starts at random: --init_from takes ImageNet's weights, or a detector's")
     optimizer = optim.make_optimizer(detector.to(device), cfg)
     if content:
         optimizer.load_state_dict(content["optimizer"])

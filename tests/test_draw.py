@@ -46,7 +46,7 @@ def test_predictions_show_objects_and_what_scores_enough(tmp_path):
         # .5 .5 .5 .25 of 128 pixels, though the network saw 64; the diamond is below the threshold
         assert [r for r in drawn if r[4] == "-"] == [(32, 48, 64, 32, "-")]
         assert [text.get_text() for text in axes.texts] == ["triangle 0.90"]
-        assert axes.get_title() == f"image {i + 1}: {len(annotations)} objects, 1 found"
+        assert axes.get_title() == f"image {i + 1}: {len(annotations)} objects, 1 found above 0.5"
 
 
 def test_predictions_at_a_lower_threshold_have_a_colour_for_each_class(tmp_path):
