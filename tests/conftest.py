@@ -23,3 +23,10 @@ def coco_sample():
     if not os.environ.get("COCO_SAMPLE"):
         pytest.skip("set COCO_SAMPLE to a folder with sample data sets")
     return pathlib.Path(os.environ["COCO_SAMPLE"])
+
+
+@pytest.fixture
+def generator():
+    """Chance that is the same in every run."""
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ import inspect
 import pathlib
 import re
 
+import helpers
 import pytest
 import torch
 from torch.testing import assert_close
@@ -36,24 +37,9 @@ def some_queries(generator):
     return query_gen.Queries(content, pos, ref_boxes, proposals=None)
 
 
-def shaken(module, generator):
-    """In float64, every parameter off its initial value: no zeros, no symmetry to hide behind."""
-    module = module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).double()
-    return module
-
-
-@pytest.fixture
-def generator():
-    torch.manual_seed(0)
-    return torch.Generator().manual_seed(0)
-
-
 @pytest.fixture
 def decoder(generator):
-    return shaken(decoder_dac.DACDecoder(**SIZES), generator)
+    return helpers.shaken(decoder_dac.DACDecoder(**SIZES), generator)
 
 
 def nudge_query_0(run, queries, memory):
@@ -211,7 +197,7 @@ def test_boxes_start_at_the_references_and_classes_at_the_prior(generator):
 def test_fixed_references_are_the_ablation(generator):
     """FixedReferenceDecoder takes the same weights; layer 1 is the same, layer 2 is not."""
     queries, memory = some_queries(generator), a_memory(generator)
-    base = shaken(decoder_base.Decoder(**SIZES), generator)
+    base = helpers.shaken(decoder_base.Decoder(**SIZES), generator)
     fixed = decoder_base.FixedReferenceDecoder(**SIZES).double()
     fixed.load_state_dict(base.state_dict())
     a, b = base.o_decoder(queries, memory), fixed.o_decoder(queries, memory)

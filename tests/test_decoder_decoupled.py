@@ -2,6 +2,7 @@
 
 Everything in float64, on two feature levels.
 """
+import helpers
 import pytest
 import torch
 from torch.testing import assert_close
@@ -25,24 +26,9 @@ def some_queries(generator):
     return query_gen.Queries(content, pos, ref_boxes, proposals=None)
 
 
-def shaken(module, generator):
-    """In float64, every parameter off its initial value: no zeros, no symmetry to hide behind."""
-    module = module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).double()
-    return module
-
-
-@pytest.fixture
-def generator():
-    torch.manual_seed(0)
-    return torch.Generator().manual_seed(0)
-
-
 @pytest.fixture
 def decoder(generator):
-    return shaken(decoder_decoupled.DACDecoupledDecoder(**SIZES), generator)
+    return helpers.shaken(decoder_decoupled.DACDecoupledDecoder(**SIZES), generator)
 
 
 def gradient_sizes(number, module):
@@ -100,7 +86,7 @@ def test_both_decoders_are_the_two_passes(decoder, generator):
 def test_split_decoder_is_two_decoders(generator):
     """[SD Eq. 2]  Logits from whole baseline layers on one set, boxes from others on the other."""
     queries, memory = some_queries(generator), a_memory(generator)
-    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
     x, ref = list(queries.content), queries.ref_boxes
     for depth, p in enumerate(split.o_decoder(queries, memory)):
         layers = split.layers[depth]["cls"], split.layers[depth]["loc"]
@@ -114,7 +100,7 @@ def test_split_decoder_is_two_decoders(generator):
 
 def test_tied_branches_and_equal_queries_are_the_baseline_layer(generator):
     """[SD Eq. 3] (a)  Every key and value twice leaves the softmax's mean where it was."""
-    base = shaken(decoder_base.DecoderLayer(**SHAPE), generator)
+    base = helpers.shaken(decoder_base.DecoderLayer(**SHAPE), generator)
     layer = decoder_decoupled.DecoderLayer(**SHAPE).double()
     layer.self_attn.load_state_dict(base.self_attn.state_dict())
     layer.norm_self.load_state_dict(base.norm_self.state_dict())
@@ -159,7 +145,7 @@ def test_each_task_trains_its_own_branch_of_the_last_layer(decoder, generator):
 
 def test_split_decoder_lets_nothing_through_in_any_layer(generator):
     """[SD Eq. 2]  Between the two decoders only reference boxes pass, and those are detached."""
-    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
     queries, memory = some_queries(generator), a_memory(generator)
     predictions = split.o_decoder(queries, memory)
     from_cls = gradient_sizes(predictions[-1].logits.square().sum(), split)
@@ -203,7 +189,7 @@ def test_boxes_are_read_off_localization_and_classes_off_classification(decoder,
 
 def test_look_forward_twice(decoder, generator):
     """[DINO Sec. 3.5]  A box loss trains its own layer's box head and the one before, no more."""
-    split = shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
     queries, memory = some_queries(generator), a_memory(generator)
     for module, run in ((decoder, decoder.o_decoder), (decoder, decoder.c_decoder),
                         (split, split.o_decoder)):

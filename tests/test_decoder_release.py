@@ -1,21 +1,16 @@
 """The release's C-Decoder: the paper's, started after the first self-attention."""
+import helpers
 import pytest
 import torch
-from test_decoder_dac import SIZES, N, a_memory, nudge_query_0, shaken, some_queries
+from test_decoder_dac import SIZES, N, a_memory, nudge_query_0, some_queries
 from torch.testing import assert_close
 
 from detr_min import decoder_dac, decoder_release
 
 
 @pytest.fixture
-def generator():
-    torch.manual_seed(0)
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def decoder(generator):
-    return shaken(decoder_release.DACReleaseDecoder(**SIZES), generator)
+    return helpers.shaken(decoder_release.DACReleaseDecoder(**SIZES), generator)
 
 
 def test_layer_1_is_the_same_in_both_decoders_and_layer_2_is_not(decoder, generator):

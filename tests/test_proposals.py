@@ -1,41 +1,20 @@
 """The encoder's own detections: heads, anchors and the mini-detector [Deformable DETR App. A.4]."""
 import math
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, boxes, proposals
+from detr_min import boxes, proposals
 
 EXACT = dict(atol=1e-12, rtol=0)
-SHAPES = [(4, 6), (2, 3)]
 D, C = 8, 3
 
 
-def randomise(module, seed=0):
-    """Random in every parameter: zeros and ones hide mistakes."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
-def share(is_pad):
-    """Of a row or a column of cells, the share that is image."""
-    return (~is_pad).double().mean(-1)
-
-
-def a_memory(shapes=SHAPES, B=2):
-    """Random cells; of the second image 2 x 4 and 1 x 2 cells are image."""
-    pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
-    for pad, (h, w) in zip(pads, shapes):
-        pad[1:, h // 2:], pad[1:, :, w * 2 // 3:] = True, True
-    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
-    tokens = torch.randn(B, sum(h * w for h, w in shapes), D, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(0))
-    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
-    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+def a_memory(**shape):
+    return helpers.padded_memory(D, **shape)
 
 
 # Heads
@@ -44,7 +23,7 @@ def a_memory(shapes=SHAPES, B=2):
 def test_box_head_moves_nothing_at_first():
     head = proposals.box_head(D)
     assert_close(head(torch.randn(5, D)), torch.zeros(5, 4))
-    head = randomise(head)
+    head = helpers.randomise(head)
     x = hidden = torch.randn(5, D).double()
     for layer in (0, 2):
         hidden = (hidden @ head[layer].weight.T + head[layer].bias).clamp(min=0)
@@ -83,7 +62,7 @@ def test_anchors_worked_by_hand():
 
 def test_anchors_double_from_level_to_level():
     shapes = [(2, 2)] * 6
-    anchor, is_good = proposals.anchors(a_memory(shapes, B=1))
+    anchor, is_good = proposals.anchors(a_memory(shapes=shapes, B=1))
     sizes = torch.tensor([.05, .1, .2, .4, .8, 1.6], dtype=torch.float64)
     assert_close(anchor[0, ::4, 2:], sizes[:, None].expand(6, 2), **EXACT)
     assert is_good[0].tolist() == [True] * 20 + [False] * 4         # 1.6 leaves (.01, .99)
@@ -91,9 +70,9 @@ def test_anchors_double_from_level_to_level():
 
 def test_anchors_at_the_border_are_no_good():
     """100 cells in a row have their centres at .005, .015, ... .985, .995."""
-    _, is_good = proposals.anchors(a_memory([(1, 100)], B=1))
+    _, is_good = proposals.anchors(a_memory(shapes=[(1, 100)], B=1))
     assert is_good[0].tolist() == [False] + [True] * 98 + [False]
-    _, is_good = proposals.anchors(a_memory([(100, 1)], B=1))
+    _, is_good = proposals.anchors(a_memory(shapes=[(100, 1)], B=1))
     assert is_good[0].tolist() == [False] + [True] * 98 + [False]
 
 
@@ -102,7 +81,7 @@ def test_anchors_at_the_border_are_no_good():
 
 def test_mini_detector_by_definition():
     """One linear layer and a norm, two heads; box = sigmoid(logit(anchor) + delta)."""
-    net, memory = randomise(proposals.MiniDetector(D, C)), a_memory()
+    net, memory = helpers.randomise(proposals.MiniDetector(D, C)), a_memory()
     found = net(memory)
     anchor, is_good = proposals.anchors(memory)
     for b in range(2):

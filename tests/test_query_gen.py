@@ -1,39 +1,18 @@
 """Where queries come from: learned, or from the encoder's best boxes."""
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, position, query_gen
+from detr_min import position, query_gen
 
 EXACT = dict(atol=1e-12, rtol=0)
-SHAPES = [(4, 6), (2, 3)]
 D, C = 8, 3
 
 
-def randomise(module, seed=0):
-    """Random in every parameter: zeros and ones hide mistakes."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
-def share(is_pad):
-    """Of a row or a column of cells, the share that is image."""
-    return (~is_pad).double().mean(-1)
-
-
-def a_memory(shapes=SHAPES, B=2):
-    """Random cells; of the second image 2 x 4 and 1 x 2 cells are image."""
-    pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
-    for pad, (h, w) in zip(pads, shapes):
-        pad[1:, h // 2:], pad[1:, :, w * 2 // 3:] = True, True
-    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
-    tokens = torch.randn(B, sum(h * w for h, w in shapes), D, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(0))
-    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
-    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+def a_memory(**shape):
+    return helpers.padded_memory(D, **shape)
 
 
 # Learned queries
@@ -41,7 +20,7 @@ def a_memory(shapes=SHAPES, B=2):
 
 def test_learned_queries():
     """[Deformable DETR Sec. 4.1] the same for every image; the point is read off the position."""
-    ask = randomise(query_gen.LearnedQueries(5, D, 4, num_sets=2))
+    ask = helpers.randomise(query_gen.LearnedQueries(5, D, 4, num_sets=2))
     queries = ask(a_memory())
     pos, content = ask.pos_and_content[:, :D], ask.pos_and_content[:, D:]
     linear = ask.reference_points
@@ -65,7 +44,7 @@ BOTH = [query_gen.TwoStageQueries, query_gen.UnmixedTwoStageQueries]
 @pytest.mark.parametrize("num_sets", [1, 2])
 def test_two_stage_by_definition(cls, num_sets):
     """Content is learned [DINO Sec. 3.4], or comes from the box [Deformable DETR App. A.4]."""
-    ask, memory = randomise(cls(5, D, C, num_sets)), a_memory()
+    ask, memory = helpers.randomise(cls(5, D, C, num_sets)), a_memory()
     queries = ask(memory)
     proposals = ask.mini_detector(memory)
     for b in range(2):
@@ -87,7 +66,7 @@ def test_two_stage_by_definition(cls, num_sets):
 @pytest.mark.parametrize("cls", BOTH)
 def test_decoder_losses_do_not_reach_the_mini_detector(cls):
     """It has a loss of its own: references are detached, proposals are not."""
-    ask, memory = randomise(cls(5, D, C, 1)), a_memory()
+    ask, memory = helpers.randomise(cls(5, D, C, 1)), a_memory()
     queries = ask(memory)
     weights = torch.randn(queries.pos.shape).double()
     ((queries.pos + queries.content) * weights).sum().backward()
@@ -102,8 +81,8 @@ def test_decoder_losses_do_not_reach_the_mini_detector(cls):
 @pytest.mark.parametrize("cls", BOTH)
 def test_fewer_cells_than_queries(cls):
     """A small image has 6 + 2 cells, 20 queries are asked for: 8 come, and they are all cells."""
-    memory = a_memory([(2, 3), (1, 2)])
-    queries = randomise(cls(20, D, C, 2))(memory)
+    memory = a_memory(shapes=[(2, 3), (1, 2)])
+    queries = helpers.randomise(cls(20, D, C, 2))(memory)
     assert queries.content.shape == queries.pos.shape == (2, 2, 8, D)
     assert queries.ref_boxes.shape == (2, 8, 4)
     assert all(x.isfinite().all() for x in queries[:3])
