@@ -41,14 +41,15 @@ def train(name, seed, extra, folder):
         subprocess.run(command, check=True)
 
 
-def row(name, folders, plain):
-    """One line of the table: AP of each seed, their mean, its distance to the plain decoder's."""
-    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    aps = [run["AP"] for run in runs]
-    mean, cost = statistics.mean(aps), statistics.mean(r["cpu_seconds"] / r["steps"] for r in runs)
-    against = f"{mean - plain:+.3f}" if plain else ""
-    return (f"| {name} | `{VARIANTS[name]}` | {' '.join(f'{ap:.3f}' for ap in aps)} | {mean:.3f} | "
-            f"{against} | {1000 * cost:.0f} | {runs[0]['parameters'] / 1e6:.2f} |")
+def row(name, runs, plain):
+    """One line of the table, from {seed: metrics} of a variant and of the plain decoder."""
+    aps = [run["AP"] for run in runs.values()]
+    cost = statistics.mean(run["cpu_seconds"] / run["steps"] for run in runs.values())
+    gains = [run["AP"] - plain[seed]["AP"] for seed, run in runs.items() if seed in plain]
+    against = f"{statistics.mean(gains):+.3f}" if gains else ""
+    return (f"| {name} | `{VARIANTS[name]}` | {' '.join(f'{ap:.3f}' for ap in aps)} | "
+            f"{statistics.mean(aps):.3f} | {against} | {1000 * cost:.0f} | "
+            f"{runs[min(runs)]['parameters'] / 1e6:.2f} |")
 
 
 def plot(done, path):
@@ -57,7 +58,7 @@ def plot(done, path):
     axes = figure.add_subplot(xlabel="step", ylabel="validation AP")
     for name, folders in done.items():
         lines = [[line for line in map(json.loads, (f / "log.jsonl").read_text().splitlines())
-                  if "val" in line] for f in folders]
+                  if "val" in line] for f in folders.values()]
         axes.plot([line["step"] for line in lines[0]],
                   [statistics.mean(line["val"]["AP"] for line in at) for at in zip(*lines)],
                   marker="o", markersize=3, label=f"{name} ({len(folders)})")
@@ -85,12 +86,12 @@ def main():
             if not args.dry:
                 train(name, seed, extra, folder)
             if (folder / "metrics.json").exists():
-                done.setdefault(name, []).append(folder)
-    plain = statistics.mean(json.loads((f / "metrics.json").read_text())["AP"]
-                            for f in done["plain"]) if "plain" in done else None
-    table = ["| variant | flags of train.py | AP of each seed | mean | against plain | "
+                done.setdefault(name, {})[seed] = folder
+    metrics = {name: {seed: json.loads((folder / "metrics.json").read_text())
+                      for seed, folder in folders.items()} for name, folders in done.items()}
+    table = ["| variant | flags of train.py | AP of each seed | mean | against plain, same seeds | "
              "CPU-ms a step | M parameters |", "|---|---|---|--:|--:|--:|--:|"]
-    table += [row(name, done[name], plain) for name in names if name in done]
+    table += [row(name, metrics[name], metrics.get("plain", {})) for name in names if name in done]
     print("\n".join(table))
     (ROOT / "studies" / "compare.md").write_text("\n".join(table) + "\n")
     plot(done, ROOT / "studies" / "compare.png")
