@@ -91,10 +91,19 @@ def losses_of(runner, batch, cfg, step, num_objects):
     return parts
 
 
-def leave_signals_to_the_main_process(worker):
-    """Ctrl-C reaches workers that read pictures as well; it is the training loop that stops."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+def leave_ctrl_c_to_the_main_process(worker):
+    """Ctrl-C reaches the workers that read pictures as well; it is the training loop that stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def until_stopped(loader, stop):
+    """The batches of a loader; no more once a SIGTERM to us ended its workers, too."""
+    try:
+        yield from loader
+    except RuntimeError:
+        if not stop:
+            raise
 
 
 def save(name, cfg, detector, optimizer, categories, progress):
@@ -130,7 +139,7 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
                            RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         train_set, batch_sampler=batches, collate_fn=data.collate, pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=leave_ctrl_c_to_the_main_process,
         num_workers=min(4, os.cpu_count() // 2) if cfg.coco else 0)
     every_log, every_save, every_eval = (math.ceil(cfg.steps / n)
                                          for n in (NUM_LOGS, NUM_SAVES, NUM_EVALS))
@@ -140,7 +149,7 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
     result = None
     bar = tqdm(total=cfg.steps, initial=progress["step"], unit="step",
                disable=None if RANK == 0 else True)         # None: only where there is a terminal
-    for step, batch in enumerate(loader, start=progress["step"] + 1):
+    for step, batch in enumerate(until_stopped(loader, stop), start=progress["step"] + 1):
         lr = optim.set_learning_rate(optimizer, step - 1, cfg)
         objects, stopping = agree(device, sum(len(t.labels) for t in batch[2]), len(stop))
         try:
@@ -171,6 +180,8 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
         if halt:
             break
     bar.close()
+    if progress["saved"] < progress["step"]:
+        save("last.pt", cfg, detector, optimizer, val_set.categories, progress)
     if progress["step"] < cfg.steps:
         return None
     return result or validate(cfg, detector, optimizer, val_set, progress, log)

@@ -75,7 +75,9 @@ def new_folder(cfg):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"--out {out} is a file: a folder is expected")
         held = [name for name in FILES if (out / name).exists()]
-        if held:
+        log = out / "log.jsonl"         # empty: a run that failed before its first step
+        never_began = held == ["config.json", "log.jsonl"] and not log.stat().st_size
+        if held and not never_began:
             raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): go on "
                                   f"with --resume {out}, or take another name")
         return out

@@ -160,6 +160,34 @@ def test_a_run_is_never_overwritten(monkeypatch, tmp_path):
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_a_run_that_never_began_may_begin_again(monkeypatch, tmp_path):
+    """Its folder holds config.json and an empty log; a person's own config.json is left alone."""
+    run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    for name in ("last.pt", "best.pt", "metrics.json"):
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(FileExistsError, match="config.json, log.jsonl"):
+        run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        run(monkeypatch, *SMALL, "--steps", 1, "--out", tmp_path / "mine")
+
+
+@pytest.mark.slow
+def test_a_broken_picture_ends_a_run_in_one_sentence(tmp_path):
+    """Found by a worker process: no traceback, no hang."""
+    shapes.write_folder(tmp_path / "data", 4, 4, size_px=64)
+    path = next((tmp_path / "data" / "train").iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    child = program("--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 4, "--out",
+                    tmp_path / "run")
+    assert child.wait(100) == 1
+    error = child.stderr.read().strip()
+    assert len(error.splitlines()) == 1 and path.name in error and "image id" in error
+
+
 def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
