@@ -94,16 +94,7 @@ def losses_of(runner, batch, cfg, step, num_objects):
 def leave_ctrl_c_to_the_main_process(worker):
     """Ctrl-C reaches the workers that read pictures as well; it is the training loop that stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def until_stopped(loader, stop):
-    """The batches of a loader; no more once a SIGTERM to us ended its workers, too."""
-    try:
-        yield from loader
-    except RuntimeError:
-        if not stop:
-            raise
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # by which the loader ends its workers
 
 
 def save(name, cfg, detector, optimizer, categories, progress):
@@ -149,7 +140,7 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
     result = None
     bar = tqdm(total=cfg.steps, initial=progress["step"], unit="step",
                disable=None if RANK == 0 else True)         # None: only where there is a terminal
-    for step, batch in enumerate(until_stopped(loader, stop), start=progress["step"] + 1):
+    for step, batch in enumerate(loader, start=progress["step"] + 1):
         lr = optim.set_learning_rate(optimizer, step - 1, cfg)
         objects, stopping = agree(device, sum(len(t.labels) for t in batch[2]), len(stop))
         try:
@@ -180,8 +171,6 @@ def train(cfg, detector, optimizer, train_set, val_set, progress, log):
         if halt:
             break
     bar.close()
-    if progress["saved"] < progress["step"]:
-        save("last.pt", cfg, detector, optimizer, val_set.categories, progress)
     if progress["step"] < cfg.steps:
         return None
     return result or validate(cfg, detector, optimizer, val_set, progress, log)
