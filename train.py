@@ -186,7 +186,7 @@ def finish(cfg, detector, plain_set, val_set, progress, metrics):
                    "images_seen": cfg.steps * cfg.batch,
                    "parameters": sum(p.numel() for p in detector.parameters())}
         draw.curves(out / "log.jsonl", out / "curves.png")
-        draw.predictions(detector, val_set, out / "predictions.png")
+        draw.predictions(detector, val_set, out / "predictions.png", threshold=0.35)
         (out / "metrics.json").write_text(json.dumps(numbers, indent=2))
         say(f"{evaluate.headline(train_metrics)} on {len(plain_set)} training images as they are\n"
             f"{cfg.steps} steps of {cfg.batch} images in {progress['seconds']:.0f} s "
