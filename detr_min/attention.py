@@ -1,8 +1,12 @@
 """Multi-scale deformable attention: each query reads a few points of each feature level.
 
 [Deformable DETR Eq. 2-3], the attention of both papers' decoders. `deformable_attention` is the
-arithmetic, `DeformableAttention` the module that decides where to look; `by_rows` at the end gives
-the same numbers sooner on a CPU and can be skipped. Read `boxes.py` before, `position.py` after.
+arithmetic, `DeformableAttention` the module that decides where to look; from `ms_deform_attn` on
+the same numbers come sooner on a CPU, and can be skipped. Read `boxes.py` before, `position.py`
+after.
+
+The file needs torch and nothing else: copied into another project, `ms_deform_attn` takes the place
+of the function that Deformable-DETR, mmcv and transformers share.
 """
 import math
 import warnings
@@ -133,9 +137,21 @@ class DeformableAttention(nn.Module):
         locations, weights = self.look(queries, references, memory)
         with torch.autocast(queries.device.type, enabled=False):  # half precision misplaces points
             value, weights = value.to(locations.dtype), weights.to(locations.dtype)
-            attend = by_rows if rows_are_faster(value) else deformable_attention
-            out = attend(value, memory.spatial_shapes, locations, weights)
+            out = ms_deform_attn(value, memory.spatial_shapes, locations, weights)
         return self.output_proj(out)
+
+
+def ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights):
+    """`deformable_attention` in its fastest form, with the arguments all projects give it.
+
+    Args, Returns and Raises as there; value_spatial_shapes may also be a tensor (L, 2) of (h, w).
+    Deformable-DETR calls it ms_deform_attn_core_pytorch, mmcv multi_scale_deformable_attn_pytorch.
+    """
+    shapes = value_spatial_shapes
+    if isinstance(shapes, torch.Tensor):
+        shapes = [(h, w) for h, w in shapes.tolist()]
+    attend = by_rows if rows_are_faster(value) else deformable_attention
+    return attend(value, shapes, sampling_locations, attention_weights)
 
 
 def rows_are_faster(value):

@@ -1,5 +1,9 @@
 """Deformable attention against hands, loops and analytic maps [Deformable DETR Eq. 2-3]."""
+import ast
+import importlib.util
 import math
+import pathlib
+import sys
 
 import pytest
 import torch
@@ -177,6 +181,63 @@ def test_shapes_that_do_not_add_up(attend):
     value, locations, weights = random_inputs()
     with pytest.raises(ValueError, match="30 cells.*levels missing"):
         attend(value, SHAPES[:1], locations[:, :, :, :1], weights[:, :, :, :1])
+
+
+# ms_deform_attn: the same for other projects
+
+
+def lone_file(tmp_path):
+    """attention.py copied away from its package, as a module of another project."""
+    copy = tmp_path / "attention_of_another_project.py"
+    copy.write_text(pathlib.Path(attention.__file__).read_text())
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_file_needs_torch_alone():
+    names = set()
+    for node in ast.walk(ast.parse(pathlib.Path(attention.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + node.module.split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"torch"}
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_lone_file_takes_the_place_of_the_shared_function(tmp_path, dtype, atol):
+    """Its arguments by position and by name, shapes as the tensor that other projects pass."""
+    value, locations, weights = (x.to(dtype) for x in random_inputs())
+    shapes = torch.tensor(SHAPES)
+    drop_in = lone_file(tmp_path).ms_deform_attn
+    want = by_definition(value, SHAPES, locations, weights)
+    assert_close(drop_in(value, shapes, locations, weights), want, atol=atol, rtol=0)
+    assert_close(drop_in(value=value, value_spatial_shapes=shapes, sampling_locations=locations,
+                         attention_weights=weights), want, atol=atol, rtol=0)
+
+
+def test_the_fast_form_has_the_definition_s_gradients_in_float32():
+    found = []
+    for form in (attention.deformable_attention, attention.ms_deform_attn):
+        inputs = [x.float().requires_grad_() for x in random_inputs(N=60, d=8)]
+        value, locations, weights = inputs
+        out = form(value, SHAPES, locations, weights)
+        (out * random(*out.shape, seed=9).float()).sum().backward()
+        found.append([out, *(x.grad for x in inputs)])
+    for plain, fast in zip(*found):
+        assert_close(fast, plain, atol=1e-5 * plain.abs().max().item(), rtol=0)
+
+
+def test_the_fast_form_is_chosen_where_it_is_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(attention, "by_rows", lambda *args: chosen.append("rows"))
+    monkeypatch.setattr(attention, "deformable_attention", lambda *args: chosen.append("plain"))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        value, locations, weights = (x.to(dtype) for x in random_inputs())
+        attention.ms_deform_attn(value, SHAPES, locations, weights)
+    assert chosen == ["rows", "plain", "plain"]
 
 
 # DeformableAttention: where to look
