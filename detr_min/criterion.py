@@ -59,36 +59,57 @@ def image_by_image(predictions, targets):
             for *image, target in zip(logits, predictions.boxes, targets)]
 
 
-@torch.no_grad()
-def assign_one_to_one(predictions, targets):
-    """[DETR Eq. 1]  One layer's Predictions -> [(query_idx, gt_idx)], one an image."""
-    return [matcher.one_to_one(matcher.match_cost(*image))
-            for image in image_by_image(predictions, targets)]
+def travel(tensors, device, dim):
+    """Move tensors that differ in size along `dim` alone to a device, in one transfer."""
+    there = torch.cat(tensors, dim).to(device)
+    return there.split([t.shape[dim] for t in tensors], dim)
 
 
 @torch.no_grad()
-def assign_one_to_many(predictions, targets):
-    """[DAC Eq. 4]  Same form as assign_one_to_one."""
-    return [matcher.one_to_many(matcher.match_quality(logits.sigmoid(), *image))
-            for logits, *image in image_by_image(predictions, targets)]
+def assign(score, pair, layers, targets):
+    """Pairs for every image of every layer. A GPU is waited for once, not once an image.
+
+    Args:
+        score    arguments as match_cost -> (N, M)
+        pair     (N, M) -> query_idx, gt_idx
+        layers   [Predictions]
+        targets  [[data.Target]]  of each layer those of the batch
+    Returns:
+        of each layer [(query_idx, gt_idx)], one an image
+    """
+    images = [image for layer in zip(layers, targets) for image in image_by_image(*layer)]
+    scores = [score(*image) for image in images]                                    # (N, M) each
+    flat = travel([matrix.flatten() for matrix in scores], "cpu", dim=0)
+    pairs = [torch.stack(pair(on_cpu.view_as(matrix))) for on_cpu, matrix in zip(flat, scores)]
+    pairs = [tuple(p) for p in travel(pairs, layers[0].boxes.device, dim=1)]
+    B = len(targets[0])
+    return [pairs[first:first + B] for first in range(0, len(pairs), B)]
 
 
-@torch.no_grad()
-def assign_release(predictions, targets):
-    """The same by the release's rule."""
-    return [matcher.one_to_many_release(matcher.match_quality(logits.sigmoid(), *image))
-            for logits, *image in image_by_image(predictions, targets)]
+def assign_one_to_one(layers, targets):
+    """[DETR Eq. 1]  Arguments and result as those of `assign`."""
+    return assign(matcher.match_cost, matcher.one_to_one, layers, targets)
+
+
+def quality_of_logits(logits, *boxes_and_objects):
+    """match_quality of what a layer says."""
+    return matcher.match_quality(logits.sigmoid(), *boxes_and_objects)
+
+
+def assign_one_to_many(layers, targets):
+    """[DAC Eq. 4]  Arguments and result as those of `assign`."""
+    return assign(quality_of_logits, matcher.one_to_many, layers, targets)
 
 
 def paper_assignment(output, targets):
     """The C-Decoder's own logits and boxes decide. A model.Output -> assignments, one a layer."""
-    return [assign_one_to_many(c, targets) for c in output.c_decoder]
+    return assign_one_to_many(output.c_decoder, [targets] * len(output.c_decoder))
 
 
 def release_assignment(output, targets):
     """The C-Decoder's logits and the O-Decoder's boxes decide, of the same query and layer."""
-    return [assign_release(c._replace(boxes=o.boxes), targets)
-            for o, c in zip(output.o_decoder, output.c_decoder)]
+    mixed = [c._replace(boxes=o.boxes) for o, c in zip(output.o_decoder, output.c_decoder)]
+    return assign(quality_of_logits, matcher.one_to_many_release, mixed, [targets] * len(mixed))
 
 
 C_ASSIGNMENTS = {"dac_release": release_assignment}         # by model; all others: paper_assignment
@@ -174,15 +195,18 @@ def detection_loss(output, targets, num_objects, class_loss, assign_c=paper_assi
     Returns:
         {"O", "C", "encoder", "O_denoising", "C_denoising": Parts}, those that the model has
     """
-    o_assigned = [assign_one_to_one(o, targets) for o in output.o_decoder]
-    parts = {"O": decoder_loss(output.o_decoder, o_assigned, targets, num_objects, class_loss)}
+    any_object = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
+    o_layers = output.o_decoder
+    has_proposals = [] if output.proposals is None else [output.proposals]
+    o_assigned = assign_one_to_one([*o_layers, *has_proposals],
+                                   [targets] * len(o_layers) + [any_object] * len(has_proposals))
+    parts = {"O": decoder_loss(o_layers, o_assigned[:len(o_layers)], targets, num_objects,
+                               class_loss)}
     if output.c_decoder:
         parts["C"] = decoder_loss(output.c_decoder, assign_c(output, targets), targets,
                                   C_NORMALISER * num_objects, class_loss)
-    if output.proposals is not None:
-        any_object = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
-        assigned = [assign_one_to_one(output.proposals, any_object)]
-        parts["encoder"] = decoder_loss([output.proposals], assigned, any_object, num_objects,
+    if has_proposals:
+        parts["encoder"] = decoder_loss(has_proposals, o_assigned[-1:], any_object, num_objects,
                                         CLASS_LOSSES["focal"])
     for name, layers in (("O_denoising", output.o_denoised), ("C_denoising", output.c_denoised)):
         if layers:                                          # what to restore is known: no matching

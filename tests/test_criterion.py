@@ -115,7 +115,7 @@ def slow_layer_loss(predictions, assigned, targets, kind):
 def test_layer_loss_by_definition(generator, kind, assign):
     """[DETR Eq. 2], with [SD Eq. 6-7] for the class term; one image has no object."""
     predictions, targets = predictions_(generator, B=3), targets_(generator, (3, 0, 2))
-    assigned = getattr(criterion, assign)(predictions, targets)
+    assigned = getattr(criterion, assign)([predictions], [targets])[0]
     assert len(assigned[0][0]) > 0 and len(assigned[1][0]) == 0
     found = criterion.layer_loss(predictions, assigned, targets, criterion.CLASS_LOSSES[kind])
     expected = slow_layer_loss(predictions, assigned, targets, kind)
@@ -125,7 +125,8 @@ def test_layer_loss_by_definition(generator, kind, assign):
 def test_box_terms_are_torchvisions(generator):
     """[DETR Eq. 2]  5 * L1 and 2 * (1 - GIoU) of the matched pairs."""
     predictions, targets = predictions_(generator, B=1), targets_(generator, (4,))
-    (query_idx, gt_idx), = assigned = criterion.assign_one_to_one(predictions, targets)
+    assigned, = criterion.assign_one_to_one([predictions], [targets])
+    (query_idx, gt_idx), = assigned
     _, l1, giou = criterion.layer_loss(predictions, assigned, targets, FOCAL)
     a, b = predictions.boxes[0, query_idx], targets[0].boxes[gt_idx]
     assert_close(l1, 5 * torch.nn.functional.l1_loss(a, b, reduction="sum"))
@@ -144,7 +145,7 @@ def test_a_query_without_overlap_keeps_a_target_of_a_hundredth(generator):
 def test_class_term_sends_no_gradient_to_boxes(generator, kind):
     """[SD Eq. 6-7]  Not even where the target is made of their IoU; nor the box terms to logits."""
     predictions, targets = predictions_(generator), targets_(generator)
-    assigned = criterion.assign_one_to_one(predictions, targets)
+    assigned, = criterion.assign_one_to_one([predictions], [targets])
     class_loss = criterion.CLASS_LOSSES[kind]
     cls, l1, giou = criterion.layer_loss(predictions, assigned, targets, class_loss)
     to_logits, to_boxes = torch.autograd.grad(cls, predictions, retain_graph=True,
@@ -159,8 +160,8 @@ def test_class_term_sends_no_gradient_to_boxes(generator, kind):
 def test_each_image_is_matched_on_its_own(generator):
     """[DETR Eq. 1], [DAC Eq. 4]  matcher.py's functions, with a branch's own logits and boxes."""
     predictions, targets = predictions_(generator), targets_(generator)
-    o = criterion.assign_one_to_one(predictions, targets)
-    c = criterion.assign_one_to_many(predictions, targets)
+    o, = criterion.assign_one_to_one([predictions], [targets])
+    c, = criterion.assign_one_to_many([predictions], [targets])
     for b, target in enumerate(targets):
         logits, pred_boxes = predictions.logits[b].detach(), predictions.boxes[b].detach()
         image = pred_boxes, target.labels, target.boxes
@@ -174,9 +175,25 @@ def test_the_order_of_objects_does_not_matter(generator):
     order = torch.tensor([2, 0, 3, 1])
     shuffled = [targets[0]._replace(labels=targets[0].labels[order], boxes=targets[0].boxes[order])]
     for assign in (criterion.assign_one_to_one, criterion.assign_one_to_many):
-        a, b = (criterion.decoder_loss([predictions], [assign(predictions, t)], t, 4.0, TAL)
+        a, b = (criterion.decoder_loss([predictions], assign([predictions], [t]), t, 4.0, TAL)
                 for t in (targets, shuffled))
         assert_close(a, b)
+
+
+def test_layers_and_images_are_matched_each_alone_in_one_transfer(generator, monkeypatch):
+    """Layers of several sizes, images with and without objects; there and back once for all."""
+    layers = [predictions_(generator) for _ in range(3)]
+    layers[1] = boxes.Predictions(*(t[:, :4] for t in layers[1]))
+    targets, trips, travel = targets_(generator, (3, 0)), [], criterion.travel
+    monkeypatch.setattr(criterion, "travel", lambda *args, **names: trips.append(1) or travel(
+        *args, **names))
+    assigned = criterion.assign_one_to_one(layers, [targets] * 3)
+    assert len(trips) == 2 and {len(target.labels) for target in targets} >= {0}
+    for layer, pairs in zip(layers, assigned, strict=True):
+        for logits, pred_boxes, target, found in zip(*layer, targets, pairs, strict=True):
+            cost = matcher.match_cost(logits, pred_boxes, target.labels, target.boxes)
+            for one, other in zip(found, matcher.one_to_one(cost), strict=True):
+                assert_close(one, other)
 
 
 # --- a decoder, and the whole [DAC Fig. 2] --------------------------------------------------------
@@ -184,12 +201,12 @@ def test_the_order_of_objects_does_not_matter(generator):
 def test_decoder_loss_is_the_mean_over_objects_summed_over_layers(generator):
     """[DETR Eq. 2]  Every layer is matched anew, the last is not special."""
     layers, targets = [predictions_(generator) for _ in range(3)], targets_(generator)
-    many = criterion.assign_one_to_many
-    parts = criterion.decoder_loss(layers, [many(p, targets) for p in layers], targets, 5.0, TAL)
-    expected = sum(torch.stack(criterion.layer_loss(p, many(p, targets), targets, TAL))
-                   for p in layers) / 5
+    assigned = criterion.assign_one_to_many(layers, [targets] * 3)
+    parts = criterion.decoder_loss(layers, assigned, targets, 5.0, TAL)
+    expected = sum(torch.stack(criterion.layer_loss(p, pairs, targets, TAL))
+                   for p, pairs in zip(layers, assigned)) / 5
     assert_close(torch.stack(parts[:3]), expected)
-    assert parts.pairs == sum(len(i) for i, _ in many(layers[-1], targets)) > 0
+    assert parts.pairs == sum(len(query_idx) for query_idx, _ in assigned[-1]) > 0
 
 
 def test_detection_loss_is_three_losses(generator):
@@ -205,7 +222,7 @@ def test_detection_loss_is_three_losses(generator):
     for name, layers, assign, labelled, normaliser, class_loss in (
             ("O", o, one, targets, 6.0, TAL), ("C", c, many, targets, 18.0, TAL),
             ("encoder", [proposals], one, class_0, 6.0, FOCAL)):
-        assigned = [assign(p, labelled) for p in layers]
+        assigned = assign(layers, [labelled] * len(layers))
         assert_close(parts[name], criterion.decoder_loss(layers, assigned, labelled, normaliser,
                                                          class_loss))
     assert_close(criterion.total(parts), sum(x for part in parts.values() for x in part[:3]))
@@ -219,7 +236,7 @@ def test_the_encoder_learns_that_there_is_an_object_not_which(generator):
     parts = criterion.detection_loss(model.Output([proposals], [], proposals), targets, 2.0, FOCAL)
     gradient, = torch.autograd.grad(parts["encoder"].cls, proposals.logits)
     class_0 = [targets[0]._replace(labels=torch.zeros(2, dtype=torch.long))]
-    (query_idx, _), = criterion.assign_one_to_one(proposals, class_0)
+    ((query_idx, _),), = criterion.assign_one_to_one([proposals], [class_0])
     assert (gradient[0, query_idx, 0] < 0).all() and (gradient[0, :, 1:] > 0).all()
 
 
@@ -313,7 +330,7 @@ def test_overfits_two_images(name, queries, kind):
         output = detector(images, is_pad)
     assert output.c_decoder == []                           # in training only
     answer, ious, scores = output.o_decoder[-1], [], []
-    for b, (query_idx, gt_idx) in enumerate(criterion.assign_one_to_one(answer, targets)):
+    for b, (query_idx, gt_idx) in enumerate(criterion.assign_one_to_one([answer], [targets])[0]):
         found, wanted = answer.logits[b, query_idx], targets[b].labels[gt_idx]
         assert found.argmax(-1).tolist() == wanted.tolist()
         ious += boxes.paired_iou(answer.boxes[b, query_idx], targets[b].boxes[gt_idx]).tolist()
