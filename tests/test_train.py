@@ -13,6 +13,11 @@ import train
 from detr_min import checkpoints, runs, shapes
 
 ROOT = pathlib.Path(train.__file__).parent
+EACH_PART_OF_SD_DETR = [
+    ["--model", "deformable"], ["--model", "decoupled"],
+    ["--model", "decoupled", "--queries", "task_aware"],
+    ["--model", "decoupled", "--queries", "task_aware", "--loss", "tal"],
+    ["--model", "split"], ["--model", "dac_decoupled"]]
 SMALL = ["--images", "4", "--batch", "2", "--size", "64", "--device", "cpu"]
 
 
@@ -85,6 +90,19 @@ def test_two_and_two_epochs_are_four(monkeypatch, tmp_path):
     for a, b in zip(straight["optimizer"]["state"].values(), paused["optimizer"]["state"].values()):
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "paused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", EACH_PART_OF_SD_DETR, ids=" ".join)
+def test_each_part_of_sd_detr_resumes_bit_for_bit(words, monkeypatch, tmp_path):
+    flags = [*SMALL, "--steps", 4, *words, "--out"]
+    run(monkeypatch, *flags, tmp_path / "straight")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *flags, tmp_path / "paused", "--pause", 2)
+    assert stop.value.code == 0
+    run(monkeypatch, "--resume", tmp_path / "paused")
+    assert log_of(tmp_path / "paused") == log_of(tmp_path / "straight")
+    assert_same_weights(weights(tmp_path / "paused"), weights(tmp_path / "straight"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", ["dac_release", "deformable"])
@@ -272,12 +290,13 @@ def program(*words, processes=1, script=ROOT / "train.py"):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
+@pytest.mark.parametrize("words", [[], *EACH_PART_OF_SD_DETR], ids=" ".join)
+def test_two_processes_do_what_one_does(words, tmp_path):
     """The same total batch gives the same losses; Adam makes more of the last digits each step."""
     logs = []
     for processes in (1, 2):
         out = tmp_path / f"run{processes}"
-        child = program(*SMALL, "--steps", 6, "--out", out, processes=processes)
+        child = program(*SMALL, "--steps", 6, "--out", out, *words, processes=processes)
         assert child.wait(300) == 0, child.stderr.read()
         logs.append([(line["loss"], line["objects"]) for line in map(json.loads, (
             out / "log.jsonl").read_text().splitlines()) if "loss" in line])
