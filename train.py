@@ -82,8 +82,7 @@ def losses_of(runner, batch, cfg, step, num_objects):
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             output = runner(images, is_pad, noisy)
-        parts = criterion.detection_loss(output, targets, max(num_objects, 1.0), class_loss,
-                                         assign_c)
+        parts = criterion.detection_loss(output, targets, num_objects, class_loss, assign_c)
         if not criterion.total(parts).isfinite():
             raise ValueError(NOT_FINITE)
     except ValueError as error:

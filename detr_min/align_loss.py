@@ -30,8 +30,9 @@ def rank_within_object(quality, gt_idx):
 def ranked_target(scores, ious, gt_idx, tau=1.5):
     """What each pair's score should be, and how much the pair counts.
 
-    [Align-DETR Eq. 4-7]  u = max(s^.25 IoU^.75, .01)    w = exp(-rank / tau)    y = u w
+    [Align-DETR Eq. 4-7]  u = s^.25 IoU^.75    w = exp(-rank / tau)    y = u w
 
+    u is at least .01, as in Align-DETR's code.
     One pair an object, as in one-to-one assignment, has rank 0 and w = 1; six have w = 1, .51, .26,
     .14, .07, .04.
 

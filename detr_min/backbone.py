@@ -1,6 +1,6 @@
 """From an image to feature levels, and from feature levels to the width of the transformer.
 
-[Deformable DETR App. A.3]  C3, C4, C5 of the backbone by 1x1 convolutions; each further level by a
+[Deformable DETR App. A.2]  C3, C4, C5 of the backbone by 1x1 convolutions; each further level by a
 3x3 convolution of stride 2 on C5. `ConvNet` learns from nothing in minutes; `ResNet50` wants
 ImageNet weights. Read `position.py` before and `encoder.py` after.
 """

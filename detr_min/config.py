@@ -23,7 +23,7 @@ class Recipe:
     max_size: int = 1333            # longest side of an image, pixels
     warmup: int = 0                 # steps of linearly growing learning rate
     decay: str = "step"             # step: x0.1 once; cosine: to 0
-    drop_at: float = 11 / 12        # share of the run before that step; release, 24 epochs: 20 / 24
+    drop_at: float = 11 / 12        # share of the run before that step
     slow_lr: float = 0.1            # factor on the learning rate of backbone and sampling offsets
     weight_decay: float = 1e-4
     clip: float = 0.1               # largest L2 norm of the gradient
@@ -35,7 +35,7 @@ class Recipe:
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What a person sets, one flag a field. A preset fills in whatever is not given."""
-    preset: str = "shapes" # shapes | coco | paper_r50 | paper_swin_l | release; --coco alone: coco
+    preset: str = "shapes"  # PRESETS below; --coco alone means coco
     model: str = "dac"     # deformable | dac | dac_release | decoupled | dac_decoupled | split
     loss: str = "focal"             # focal | tal | align | focal_then_tal: of class scores
     queries: str = "two_stage"      # learned | two_stage | two_stage_unmixed | task_aware
@@ -70,8 +70,11 @@ PRESETS = {
                       detections=300, dn_number=100),
     "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, lr=2e-4, max_size=1333,
                          detections=300, dn_number=100),
-                         # 24 epochs: drop_at 20 / 24, weight_decay .05, last of swin .5 (release)
 }
+LONG = dict(epochs=24, drop_at=20 / 24)
+PRESETS["paper_r50_24"] = {**PRESETS["paper_r50"], **LONG}
+PRESETS["paper_swin_l_24"] = {**PRESETS["paper_swin_l"], **LONG, "weight_decay": 0.05,
+                              "swin": (*Recipe().swin[:4], 0.5)}
 PRESETS["release"] = {**PRESETS["paper_r50"], "model": "dac_release", "loss": "align"}
 
 
@@ -79,7 +82,7 @@ def preset(name, **changes):
     """The Config of a preset, with fields of Config or Recipe changed.
 
     Args:
-        name     shapes | coco | paper_r50 | paper_swin_l | release
+        name     a key of PRESETS
         changes  any field of either class
     Returns:
         Config

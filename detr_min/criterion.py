@@ -189,7 +189,8 @@ def detection_loss(output, targets, num_objects, class_loss, assign_c=paper_assi
     Args:
         output       model.Output
         targets      [data.Target], one an image
-        num_objects  mean over processes of the objects in a process's batch, at least 1
+        num_objects  mean over processes of the objects in a process's batch; sums are divided by
+                     it, the C-Decoder's by 3 times it, but by nothing below 1
         class_loss   a ClassLoss; the encoder's proposals keep focal loss
         assign_c     paper_assignment or release_assignment
     Returns:
@@ -200,18 +201,19 @@ def detection_loss(output, targets, num_objects, class_loss, assign_c=paper_assi
     has_proposals = [] if output.proposals is None else [output.proposals]
     o_assigned = assign_one_to_one([*o_layers, *has_proposals],
                                    [targets] * len(o_layers) + [any_object] * len(has_proposals))
-    parts = {"O": decoder_loss(o_layers, o_assigned[:len(o_layers)], targets, num_objects,
+    normaliser, c_normaliser = max(num_objects, 1.0), max(C_NORMALISER * num_objects, 1.0)
+    parts = {"O": decoder_loss(o_layers, o_assigned[:len(o_layers)], targets, normaliser,
                                class_loss)}
     if output.c_decoder:
         parts["C"] = decoder_loss(output.c_decoder, assign_c(output, targets), targets,
-                                  C_NORMALISER * num_objects, class_loss)
+                                  c_normaliser, class_loss)
     if has_proposals:
-        parts["encoder"] = decoder_loss(has_proposals, o_assigned[-1:], any_object, num_objects,
+        parts["encoder"] = decoder_loss(has_proposals, o_assigned[-1:], any_object, normaliser,
                                         CLASS_LOSSES["focal"])
     for name, layers in (("O_denoising", output.o_denoised), ("C_denoising", output.c_denoised)):
         if layers:                                          # what to restore is known: no matching
             copies, pairs, groups = denoising.to_restore(targets, layers[0].boxes.shape[1])
-            parts[name] = decoder_loss(layers, [pairs] * len(layers), copies, groups * num_objects,
+            parts[name] = decoder_loss(layers, [pairs] * len(layers), copies, groups * normaliser,
                                        class_loss)
     return parts
 

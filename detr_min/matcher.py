@@ -83,8 +83,8 @@ def one_to_many(quality, threshold=0.4, k=6):
     """Give each object up to k queries that explain it well enough, each query one object at most.
 
     [DAC Eq. 4]  i is positive for j  <=>  M[i, j] >= threshold, i is among the k best of column j,
-    and j is the best of row i. Ties go to the lower index. Nothing is forced: an object that no
-    query reaches has none.
+    and (ours) j is the best of row i. Ties go to the lower index. Nothing is forced: an object that
+    no query reaches has none.
 
     Args:
         quality  M  (N, M)  higher is better
@@ -92,8 +92,9 @@ def one_to_many(quality, threshold=0.4, k=6):
         k           most queries an object gets; 6 is the release's
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
-    Differs: DEVIATION from the release, where the best query of an object is forced, a query may
-        serve two objects, and a random 75 positives survive in crowded images.
+    Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
+        it has one box to learn. DEVIATION from the release, where moreover the best query of an
+        object is forced, and a random 75 positives survive in crowded images; >= is its choice.
     """
     best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]      # (k, M)
     is_positive = torch.zeros_like(quality, dtype=torch.bool).scatter_(0, best_first, True)

@@ -1,7 +1,8 @@
 """The encoder's own detections, one a cell, and the two heads that every layer ends in.
 
-[Deformable DETR App. A.4] "two-stage": the best of these boxes are where queries start. SD-DETR
-calls such a network a mini-detector. Read `encoder.py` before and `query_gen.py` after.
+[Deformable DETR App. A.4] "two-stage": the best of these boxes are where queries start. DESTR calls
+such a network a mini-detector, and SD-DETR, a reading note says, takes up the word. Read
+`encoder.py` before and `query_gen.py` after.
 """
 import math
 
@@ -63,8 +64,9 @@ class MiniDetector(nn.Module):
         anchor, is_good = anchors(memory)
         cells = memory.tokens.masked_fill(~is_good[..., None], 0)
         cells = self.norm(self.project(cells))                                           # (B, S, D)
-        anchor = anchor.masked_fill(~is_good[..., None], 1)    # the release has logit(anchor) = inf
-        return boxes.Predictions(self.class_head(cells), boxes.refine(anchor, self.box_head(cells)))
+        found = boxes.refine(anchor, self.box_head(cells))
+        found = found.masked_fill(~is_good[..., None], 1)   # the release: sigmoid(inf + delta) = 1
+        return boxes.Predictions(self.class_head(cells), found)
 
     def best(self, proposals, num_queries):
         """The N boxes of highest logit 0, best first, no gradient; all S if N > S. (B, N, 4)"""

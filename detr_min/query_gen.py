@@ -172,7 +172,7 @@ class PointPredictor(nn.Module):
 def points_to_query(features, points, ref_boxes):
     """The mean of what a box holds at its points, and the mean of where they are.
 
-    [SD Sec. 3.3]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
+    After [SD Eq. 5]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
 
     Args:
         features   F_R   (P, D, 7, 7)
@@ -180,8 +180,9 @@ def points_to_query(features, points, ref_boxes):
         ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
     Returns:
         content (P, D), position (P, D)
-    Differs: bilinear reading and the mean are reported of the paper; reading F_R rather than the
-        full map, and the mean of embeddings rather than the embedding of a mean, are our choice.
+    Differs: [SD Fig. 3] draws both arrows; bilinear reading and the mean are from a reading note
+        of the paper. Reading F_R rather than the full map, and the mean of embeddings rather than
+        the embedding of a mean, are our choice.
     """
     found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
     on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, M, 2)
@@ -194,7 +195,7 @@ class TaskAwareQueries(nn.Module):
     [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient; features and points
     keep theirs, so the decoder's losses teach the points where to go.
 
-    DEVIATION: the learned contents of TwoStageQueries are added to [SD Sec. 3.3]'s. Content n
+    DEVIATION: the learned contents of TwoStageQueries are added to the points'. Content n
     belongs to the n-th best anchor, so it tells queries their rank; without it two anchors on one
     object look alike, and a short training on synthetic shapes ends at a lower AP (README).
     """

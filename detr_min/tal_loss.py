@@ -12,7 +12,8 @@ def aligned_target(scores, ious, alpha=0.25, beta=0.75):
     [SD Eq. 6]  t = s^alpha * u^beta
 
     With alpha + beta = 1, as here, t = s exactly where s = u: the score is drawn to the IoU, and
-    s^alpha only makes the climb gradual.
+    s^alpha only makes the climb gradual. The form is printed; the values of alpha, beta, and of
+    gamma below, are from a reading note of the paper.
 
     Args:
         scores  s  (P,)  probability of the object's class, in [0, 1]
@@ -35,7 +36,7 @@ def tal_loss(logits, targets, gamma=2.0):
         targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
     Returns:
         scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
-    Differs: no; but what the equation leaves open is ours: the factor |t - s|^gamma is not detached
+    Differs: no; what the equation leaves open is ours: the factor |t - s|^gamma is not detached
         (as in focal loss), the caller clamps t at .01 and divides by the number of objects.
     """
     targets = targets.detach()

@@ -96,7 +96,7 @@ def test_without_imagenet_weights_it_says_what_to_do(monkeypatch, error):
 
 
 def test_projections_by_definition():
-    """[Deformable DETR App. A.3] 1x1 on C3 to C5; 3x3 stride 2 on C5; then on the level before."""
+    """[Deformable DETR App. A.2] 1x1 on C3 to C5; 3x3 stride 2 on C5; then on the level before."""
     torch.manual_seed(0)
     project = backbone.Projections([4, 6, 10], d_model=64, num_levels=5).double()
     for parameter in project.parameters():

@@ -2,8 +2,9 @@
 import dataclasses
 
 import pytest
+import torch
 
-from detr_min import config
+from detr_min import config, optim
 
 
 def test_a_preset_takes_changes_of_flags_and_of_the_recipe():
@@ -25,6 +26,7 @@ def test_paper_r50_is_the_recipe_of_the_release():
     assert (r.num_queries, r.d_ffn, r.encoder_layers, r.decoder_layers) == (900, 2048, 6, 6)
     assert (cfg.lr, cfg.batch, cfg.epochs, cfg.size, r.max_size) == (2e-4, 16, 12, 800, 1333)
     assert (r.clip, r.weight_decay, r.slow_lr, r.decay) == (0.1, 1e-4, 0.1, "step")
+    assert (r.d_model, r.num_heads, r.num_levels, r.num_points, r.warmup) == (256, 8, 4, 4, 0)
 
 
 def test_a_config_survives_being_stored():
@@ -81,6 +83,27 @@ def test_help_prints_every_field_with_its_comment(capsys):
     text = capsys.readouterr().out
     assert "AdamW's learning rate" in text
     assert all(f.name in text for f in dataclasses.fields(config.Config))
+
+
+@pytest.mark.parametrize("name, epochs, drop_after", [
+    ("paper_r50", 12, 11), ("paper_swin_l", 12, 11), ("release", 12, 11),
+    ("paper_r50_24", 24, 20), ("paper_swin_l_24", 24, 20)])
+def test_schedules_of_the_release(name, epochs, drop_after):
+    """--lr_drop 11 of 12 epochs, 20 of 24: with 100 steps an epoch, step 1100 or 2000 is x 0.1."""
+    cfg = config.preset(name)
+    assert cfg.epochs == epochs and cfg.recipe.drop_at == pytest.approx(drop_after / epochs)
+    cfg = dataclasses.replace(cfg, steps=100 * epochs)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "factor": 1.0}], lr=1.0)
+    rates = [optim.set_learning_rate(optimizer, step, cfg) for step in range(cfg.steps)]
+    assert rates == pytest.approx([cfg.lr] * 100 * drop_after
+                                  + [cfg.lr / 10] * 100 * (epochs - drop_after))
+
+
+def test_what_24_epochs_of_swin_l_change():
+    """Weight decay .05 and drop path .5, as the release's script for 24 epochs."""
+    long, short = config.preset("paper_swin_l_24").recipe, config.preset("paper_swin_l").recipe
+    assert (long.weight_decay, long.swin[-1]) == (0.05, 0.5)
+    assert (short.weight_decay, short.swin[-1]) == (1e-4, 0.2) and long.swin[:-1] == short.swin[:-1]
 
 
 def test_paper_swin_l_is_paper_r50_on_swin_l():

@@ -229,6 +229,17 @@ def test_detection_loss_is_three_losses(generator):
     assert list(criterion.detection_loss(model.Output(o, [], None), targets, 6.0, FOCAL)) == ["O"]
 
 
+@pytest.mark.parametrize("num_objects, o, c", [(0.0, 1, 1), (0.2, 1, 1), (0.5, 1, 1.5), (2., 2, 6)])
+def test_sums_are_divided_by_objects_and_by_nothing_below_1(generator, num_objects, o, c):
+    """As released: max(M, 1) for O and encoder, max(3 M, 1) for C, M a mean over processes."""
+    layers, targets = [predictions_(generator)], targets_(generator, (0, 0))
+    output = model.Output(layers, layers, layers[0])
+    parts = criterion.detection_loss(output, targets, num_objects, FOCAL)
+    whole = FOCAL.weight * criterion.focal_loss(layers[0].logits, 0 * layers[0].logits)
+    for name, normaliser in (("O", o), ("C", c), ("encoder", o)):
+        assert_close(parts[name].cls, whole / normaliser)
+
+
 def test_the_encoder_learns_that_there_is_an_object_not_which(generator):
     """Positive in channel 0: certainty there lowers the loss, in every other channel raises it."""
     proposals, targets = predictions_(generator, B=1, N=8), targets_(generator, (2,))

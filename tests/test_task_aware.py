@@ -141,10 +141,10 @@ def test_points_stay_inside_the_box_for_any_input(generator, scale):
     assert points.abs().max() <= 1 and points.shape == (20, 8, 2)
 
 
-# --- from points to queries [SD Sec. 3.3] ---------------------------------------------------------
+# --- from points to queries, after [SD Eq. 5] -----------------------------------------------------
 
 def test_points_in_the_centre_read_the_centre(generator):
-    """[SD Sec. 3.3]  R_SP = 0: content is the middle cell of 7 x 7, position is PE(centre)."""
+    """After [SD Eq. 5].  R_SP = 0: content is the middle cell of 7 x 7, position is PE(centre)."""
     features = torch.randn(2, D, 7, 7, generator=generator, dtype=torch.float64)
     ref_boxes = f64([.3, .6, .2, .4], [.5, .2, .1, .1])
     content, pos = query_gen.points_to_query(features, torch.zeros(2, 8, 2).double(), ref_boxes)
@@ -153,7 +153,7 @@ def test_points_in_the_centre_read_the_centre(generator):
 
 
 def test_points_to_query_by_hand():
-    """[SD Sec. 3.3]  x first. On a map that says its column, x = 4/7 is column 5."""
+    """After [SD Eq. 5].  x first. On a map that says its column, x = 4/7 is column 5."""
     columns = torch.arange(7.).double().expand(1, D, 7, 7)
     points = f64([4 / 7, 0], [-2 / 7, 6 / 7])[None]         # columns 3 + 2 and 3 - 1
     content, pos = query_gen.points_to_query(columns, points, f64(.5, .5, .7, .35)[None])
@@ -164,7 +164,7 @@ def test_points_to_query_by_hand():
 
 
 def test_points_to_query_by_definition(generator):
-    """[SD Sec. 3.3]  Bilinear between the centres of 7 x 7 cells, constant beyond the outermost."""
+    """After [SD Eq. 5].  Bilinear between the centres of 7 x 7 cells, constant beyond them."""
     features = torch.randn(2, D, 7, 7, generator=generator, dtype=torch.float64)
     points = torch.rand(2, 3, 2, generator=generator, dtype=torch.float64) * 2 - 1
     points[0, 0] = f64(-1, 1)                                                   # a corner
@@ -221,11 +221,13 @@ def test_anchors_get_no_gradient_points_and_features_do(padded, generator):
     memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
     queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)
     out = queries(memory)
-    assert not out.ref_boxes.requires_grad
+    assert not out.ref_boxes.requires_grad, "the anchors have a gradient"
     (out.content.square().sum() + out.pos.square().sum()).backward()
     assert all(p.grad is None for p in queries.mini_detector.parameters())
     for predictor in queries.predictors:
-        assert all(p.grad.abs().max() > 0 for p in predictor.parameters())
+        for name, p in predictor.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, (
+                f"the points learn nothing: {name} of their predictor has gradient {p.grad}")
     assert memory.tokens.grad.abs().max() > 0
 
 
