@@ -182,19 +182,27 @@ class GatherSum(torch.autograd.Function):
         pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
                                           check_invariants=False)
         grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
-        order = row.flatten().sort().indices            # entries of row 0 first, then of row 1, ...
-        ends = F.pad(row.flatten().bincount(minlength=R).cumsum(0), (1, 0))
-        grad_table = F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
-                                     per_sample_weights=share.flatten()[order])
+        pieces = 4 if M * T > 8 * R else 1          # four short sorts take less than a long one
+        grad_table = sum(scatter_sum(grad, r, s, R)
+                         for r, s in zip(row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
         return grad_table, None, grad_share.view(M, T)
 
 
+def scatter_sum(grad, row, share, R):
+    """table[row[m, t]] += share[m, t] * grad[m], sorted by row: (M, d), (M, T), (M, T) -> (R, d)"""
+    T, row = row.shape[1], row.flatten()
+    order = row.sort().indices                          # entries of row 0 first, then of row 1, ...
+    ends = F.pad(row.bincount(minlength=R).cumsum(0), (1, 0))
+    return F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
+                           per_sample_weights=share.flatten().index_select(0, order))
+
+
 def neighbours(position, size):
-    """The two cells beside a position on one axis, and the share of each: 0 beyond the map.
+    """The two cells beside a position on an axis, and the share of each: 0 beyond the map.
 
     Args:
         position  in cells, 0 = the centre of the first
-        size      cells of that axis
+        size      cells of that axis; of several axes, if the last dimension tells them apart
     Yields:
         twice: cell, kept on the map; share, with gradient
     """
@@ -211,17 +219,18 @@ def by_rows(value, spatial_shapes, locations, weights):
     """
     check_shapes(value, spatial_shapes)
     (B, S, H, d), (N, K) = value.shape, locations.shape[1:5:3]
-    h, w = torch.tensor(spatial_shapes, dtype=torch.int32).repeat_interleave(K, 0).T        # (L*K,)
+    size = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.int32)
+    size = size.repeat_interleave(K, 0)                                                   # (L*K, 2)
     first = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=torch.int32)
     first = first.cumsum(0, dtype=torch.int32).repeat_interleave(K)                         # (L*K,)
     first = first + torch.arange(B, dtype=torch.int32).view(B, 1, 1, 1) * S        # of each image
-    x, y = locations.flatten(3, 4).unbind(-1)                                      # (B, N, H, L*K)
+    sides = [(*cell.unbind(-1), *share.unbind(-1)) for cell, share in
+             neighbours(locations.flatten(3, 4) * size - 0.5, size)]               # (B, N, H, L*K)
     head, rows, shares = torch.arange(H, dtype=torch.int32)[:, None], [], []
-    columns = list(neighbours(x * w - 0.5, w))
-    for i, share_y in neighbours(y * h - 0.5, h):
-        share_y = share_y * weights.flatten(3)
-        for j, share_x in columns:
-            rows.append((first + i * w + j) * H + head)
+    for _, y, _, share_y in sides:
+        start, share_y = first + y * size[:, 0], share_y * weights.flatten(3)
+        for x, _, share_x, _ in sides:
+            rows.append((start + x) * H + head)
             shares.append(share_y * share_x)
     rows, shares = (torch.cat(t, dim=-1).view(B * N * H, -1) for t in (rows, shares))  # 4*L*K each
     return GatherSum.apply(value.reshape(-1, d), rows, shares).view(B, N, H * d)
