@@ -204,7 +204,7 @@ def neighbours(position, size):
         position  in cells, 0 = the centre of the first
         size      cells of that axis; of several axes, if the last dimension tells them apart
     Yields:
-        twice: cell, kept on the map; share, with gradient
+        twice: cell, int32, kept on the map; share, with gradient
     """
     low = position.detach().floor().nan_to_num()
     for cell, share in ((low, 1 - (position - low)), (low + 1, position - low)):

@@ -58,7 +58,10 @@ class DecoderLayer(nn.Module):
         return self.norm_self(queries + read)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
-        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)"""
+        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)
+
+        [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
+        """
         (x_cls, x_loc), (pos_cls, pos_loc) = queries.chunk(2, dim=1), query_pos.chunk(2, dim=1)
         return torch.cat([self.cls.gather(x_cls, pos_cls, ref_boxes, memory),
                           self.loc.gather(x_loc, pos_loc, ref_boxes, memory)], dim=1)

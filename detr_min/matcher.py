@@ -15,6 +15,7 @@ def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
     [DETR Eq. 1], [Deformable DETR App. A.4]
         cost[i, j] = 2 (focal_1(p) - focal_0(p)) + 5 |b_i - g_j|_1 - 2 GIoU(b_i, g_j),  p = p_i[c_j]
         focal_1(p) = -.25 (1-p)^2 log p    focal_0(p) = -.75 p^2 log(1-p)
+    (1e-8 is added inside each logarithm, as released.)
 
     Args:
         logits      z  (N, C)  before the sigmoid; p = sigmoid(z)

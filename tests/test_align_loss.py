@@ -77,10 +77,28 @@ def test_a_pair_without_overlap_keeps_a_target_of_a_hundredth_and_ranks_last():
     assert_close(targets, f64(.01 * math.exp(-1 / 1.5), .5))
 
 
+@pytest.mark.parametrize("steps", [3, 1000])
+def test_target_by_definition(steps):
+    """[Align-DETR Eq. 4-7]  Pair by pair, ranked among those of its object."""
+    g = torch.Generator().manual_seed(1)
+    s, iou = torch.randint(steps + 1, (2, 15), generator=g).double() / steps
+    gt_idx = torch.randint(3, (15,), generator=g)
+    u = [max(a ** .25 * b ** .75, .01) for a, b in zip(s.tolist(), iou.tolist())]
+    weights = []
+    for i in range(15):
+        rivals = [j for j in range(15) if gt_idx[j] == gt_idx[i]]
+        rank = sorted(rivals, key=lambda j: (-u[j], j)).index(i)
+        weights.append(math.exp(-rank / 1.5))
+    targets, found = align_loss.ranked_target(s, iou, gt_idx)
+    assert_close(found, f64(*weights), atol=1e-12, rtol=0)
+    assert_close(targets, f64(*[a * b for a, b in zip(u, weights)]), atol=1e-12, rtol=0)
+
+
 def test_targets_and_weights_have_no_gradient():
     scores, ious = f64(.5, .6).requires_grad_(), f64(.5, .7).requires_grad_()
     targets, weights = align_loss.ranked_target(scores, ious, torch.tensor([0, 0]))
-    assert not targets.requires_grad and not weights.requires_grad
+    assert not targets.requires_grad, f"the targets {targets} have a gradient"
+    assert not weights.requires_grad, f"the weights {weights} have a gradient"
 
 
 # --- the loss -------------------------------------------------------------------------------------

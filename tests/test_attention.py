@@ -141,7 +141,7 @@ def test_each_head_reads_its_own_channels():
     value[:, :, 1] += 1
     change = attention.deformable_attention(value, SHAPES, locations, weights) - out
     assert_close(change[..., :3], torch.zeros(2, 5, 3, dtype=torch.float64))
-    assert (change[..., 3:].abs() > 1e-3).all()
+    assert (change[..., 3:].abs() > 1e-3).all(), f"head 1's channels changed by {change[..., 3:]}"
 
 
 def test_gradients():
@@ -153,6 +153,45 @@ def test_gradients():
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
     assert torch.autograd.gradcheck(
         lambda value, *at: attention.deformable_attention(value, SHAPES, *at), inputs)
+
+
+def shares_of(position, size):
+    """attention.neighbours as one row of cells for each position: the share of each. (P, size)"""
+    pairs = list(attention.neighbours(position, torch.tensor(size)))
+    assert len(pairs) == 2, f"two cells a position are wanted, got {len(pairs)}"
+    row = position.new_zeros(len(position), size)
+    for cell, share in pairs:
+        assert cell.dtype == torch.int32, f"cells count rows of a table, in int32: {cell.dtype}"
+        assert 0 <= cell.min() and cell.max() < size, f"{cell.tolist()} is not on 0 .. {size - 1}"
+        row = row.scatter_add(1, cell[:, None].long(), share[:, None])
+    return row
+
+
+def test_neighbours_worked_by_hand():
+    """A quarter of the way from cell 1 to cell 2 of four, and at the centre of cell 3."""
+    row = shares_of(torch.tensor([1.25, 3.]), 4)
+    assert_close(row, torch.tensor([[0, .75, .25, 0], [0, 0, 0, 1]]))
+
+
+def test_neighbours_beyond_the_map():
+    """Half a cell over the edge half is left, a whole cell over it nothing, and so on for ever."""
+    row = shares_of(torch.tensor([-.5, -.75, 2.25, -1., 3., 1e6, -1e6]), 3)
+    assert_close(row, torch.tensor([[.5, 0, 0], [.25, 0, 0], [0, 0, .75]] + [[0, 0, 0]] * 4))
+
+
+def test_neighbours_by_definition():
+    """A cell's share is 1 - its distance, if that is positive; its slope is 1 up and 1 down."""
+    position = 3 * random(50, seed=3) + 2
+    position.requires_grad_()
+    row, weights = shares_of(position, 5), random(5, seed=4)
+    gradient, = torch.autograd.grad((row * weights).sum(), position)
+    expected, slope = torch.zeros(50, 5).double(), torch.zeros(50).double()
+    for n, at in enumerate(position.tolist()):
+        for cell in range(5):
+            expected[n, cell] = max(0, 1 - abs(at - cell))
+            slope[n] += weights[cell] * (abs(at - cell) < 1) * math.copysign(1, cell - at)
+    assert_close(row.detach(), expected, **EXACT)
+    assert_close(gradient, slope, **EXACT)
 
 
 def test_by_rows_by_definition():

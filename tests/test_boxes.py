@@ -79,7 +79,8 @@ def test_giou_tells_near_from_far_where_iou_does_not():
     here = torch.tensor([[0.1, 0.5, 0.1, 0.2]])
     away = torch.tensor([[0.3, 0.5, 0.1, 0.2], [0.6, 0.5, 0.1, 0.2], [0.9, 0.5, 0.1, 0.2]])
     assert_close(boxes.iou(here, away), torch.zeros(1, 3))
-    assert (boxes.giou(here, away).diff() < 0).all()
+    found = boxes.giou(here, away)
+    assert (found.diff() < 0).all(), f"the farther, the lower: {found.tolist()}"
 
 
 def test_overlaps_without_objects():

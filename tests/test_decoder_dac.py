@@ -116,7 +116,8 @@ def test_both_decoders_are_the_two_passes(decoder, generator):
 def test_c_decoder_queries_are_independent(decoder, generator):
     """[DAC Eq. 3]  Nudge query 0: it moves, the others do not."""
     for change in nudge_query_0(decoder.c_decoder, some_queries(generator), a_memory(generator)):
-        assert change[0] > 1e-3 and (change[1:] < 1e-12).all()
+        assert change[0] > 1e-3 and (change[1:] < 1e-12).all(), (
+            f"only query 0 may move; the queries moved by {change.tolist()}")
 
 
 def test_o_decoder_queries_all_answer(decoder, generator):
@@ -159,14 +160,16 @@ def test_c_decoder_sends_no_gradient_into_self_attention(decoder, generator):
     for name, parameter in decoder.named_parameters():
         if "layers" in name:
             is_self = "self_attn" in name or "norm_self" in name
-            assert (parameter.grad is None) == is_self, name
+            assert (parameter.grad is None) == is_self, (
+                f"{name}: a gradient is {'not ' * is_self}wanted, it is {parameter.grad}")
 
 
 def test_the_first_layer_differs_unlike_the_release(decoder, generator):
     """[DAC Eq. 3]  The C-Decoder starts at the queries themselves: layer 1 already differs."""
     queries, memory = some_queries(generator), a_memory(generator)
     o, c = decoder.o_decoder(queries, memory)[0], decoder.c_decoder(queries, memory)[0]
-    assert (o.logits - c.logits).abs().amax(-1).min() > 1e-3
+    change = (o.logits - c.logits).abs().amax(-1)
+    assert change.min() > 1e-3, f"every query's logits differ; by {change.tolist()}"
 
 
 # --- references: each layer looks once, the loss looks twice --------------------------------------
@@ -181,7 +184,8 @@ def test_look_forward_twice(decoder, generator, run):
             gradients = torch.autograd.grad(p.boxes.square().sum(), biases, retain_graph=True,
                                             allow_unused=True)
             reached = [g is not None for g in gradients]
-            assert reached == [depth - 1 <= head <= depth for head in range(3)]
+            assert reached == [depth - 1 <= head <= depth for head in range(3)], (
+                f"which box heads the box loss of layer {depth} reaches: found, expected")
 
 
 def test_boxes_start_at_the_references_and_classes_at_the_prior(generator):

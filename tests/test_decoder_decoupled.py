@@ -114,6 +114,21 @@ def test_tied_branches_and_equal_queries_are_the_baseline_layer(generator):
     assert_close(out, torch.cat([expected, expected], dim=1), atol=1e-12, rtol=0)
 
 
+def test_a_blocked_pair_is_blocked_for_both_tasks(decoder, generator):
+    """[SD Eq. 3]  Query 1 may not look at query 0: neither of its tokens sees a token of 0."""
+    queries, layer = some_queries(generator), decoder.layers[0]
+    x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)
+    is_blocked = torch.zeros(N, N, dtype=torch.bool)
+    is_blocked[1, 0] = True
+    for nudged in (0, N):                                   # query 0's two tokens
+        other = x.clone()
+        other[:, nudged] += 0.5
+        change = layer.disperse(other, pos, is_blocked) - layer.disperse(x, pos, is_blocked)
+        change = change.abs().amax((0, 2))                                                  # (2N,)
+        assert [token for token in range(2 * N) if change[token] == 0] == [1, N + 1], (
+            f"tokens that stay when token {nudged} moves; all moved by {change.tolist()}")
+
+
 @pytest.mark.parametrize("run", ["o_decoder", "c_decoder"])
 def test_permuting_the_pairs_permutes_the_answers(decoder, generator, run):
     """[SD Eq. 3] (b)"""
@@ -169,10 +184,12 @@ def test_the_tasks_talk_in_self_attention_and_only_there(decoder, generator):
     for run, moves in ((decoder.o_decoder, True), (decoder.c_decoder, False)):
         before, after = run(queries, memory)[-1], run(nudged, memory)[-1]
         changed = (after.boxes - before.boxes).abs().amax(-1)                               # (B, N)
-        assert (changed > 1e-6).all() if moves else (changed == 0).all()
+        assert (changed > 1e-6).all() if moves else (changed == 0).all(), (
+            f"boxes are to move: {moves}; they moved by {changed.tolist()}")
         changed = (after.logits - before.logits).abs().amax(-1)
         assert (changed[:, 0] > 1e-3).all()
-        assert (changed[:, 1:] > 1e-6).all() if moves else (changed[:, 1:] == 0).all()
+        assert (changed[:, 1:] > 1e-6).all() if moves else (changed[:, 1:] == 0).all(), (
+            f"other logits are to move: {moves}; they moved by {changed.tolist()}")
 
 
 def test_boxes_are_read_off_localization_and_classes_off_classification(decoder, generator):

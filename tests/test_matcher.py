@@ -48,6 +48,20 @@ def test_match_cost_by_hand():
     assert_close(cost, torch.tensor([[-0.25 * math.log(2)]]), atol=1e-6, rtol=0)
 
 
+def test_match_cost_by_definition():
+    """[DETR Eq. 1]  The three terms as the docstring has them, with logarithms of p itself."""
+    logits, pred_boxes, gt_labels, gt_boxes = random_image(7, N=6, M=3)
+    expected = torch.empty(6, 3, dtype=torch.float64)
+    for i, j in itertools.product(range(6), range(3)):
+        p = 1 / (1 + math.exp(-logits[i, gt_labels[j]].item()))
+        focal = -.25 * (1 - p) ** 2 * math.log(p) + .75 * p ** 2 * math.log(1 - p)
+        b, g = pred_boxes[i].tolist(), gt_boxes[j].tolist()
+        l1, giou = sum(abs(x - y) for x, y in zip(b, g)), slow_iou_and_giou(b, g)[1]
+        expected[i, j] = 2 * focal + 5 * l1 - 2 * giou
+    cost = matcher.match_cost(logits, pred_boxes, gt_labels, gt_boxes)
+    assert_close(cost, expected, atol=1e-5, rtol=0)         # 1e-8 within the logarithms, or none
+
+
 def test_match_cost_is_the_published_one_in_loops():
     """[DETR Eq. 1], [Deformable DETR App. A.4]  As transformers' Deformable DETR has it."""
     logits, pred_boxes, gt_labels, gt_boxes = random_image(0, N=7, M=4)
@@ -70,7 +84,7 @@ def test_match_cost_is_finite_for_certain_scores(logit):
     _, pred_boxes, gt_labels, gt_boxes = random_image(1, N=5, M=2)
     cost = matcher.match_cost(torch.full((5, 3), logit), pred_boxes.float(), gt_labels,
                               gt_boxes.float())
-    assert cost.isfinite().all()
+    assert cost.isfinite().all(), f"at logit {logit} the cost is {cost}"
 
 
 # --- one-to-one: the assignment -------------------------------------------------------------------
@@ -93,7 +107,8 @@ def test_one_to_one_is_the_best_of_all_permutations(N, M):
         assert query_idx.dtype == gt_idx.dtype == torch.int64
         assert sorted(gt_idx.tolist()) == list(range(M))                # each object once
         assert query_idx.tolist() == sorted(set(query_idx.tolist()))    # no query twice, in order
-        assert dict(zip(gt_idx.tolist(), query_idx.tolist())) == dict(enumerate(best))
+        assert dict(zip(gt_idx.tolist(), query_idx.tolist())) == dict(enumerate(best)), (
+            f"object: query, found and best, for the cost {cost.tolist()}")
 
 
 def test_one_to_one_follows_a_permutation_of_queries_and_of_objects():
@@ -108,6 +123,9 @@ def test_one_to_one_without_objects_is_empty():
     query_idx, gt_idx = matcher.one_to_one(torch.zeros(5, 0))
     assert query_idx.shape == gt_idx.shape == (0,)
     assert query_idx.dtype == gt_idx.dtype == torch.int64
+
+
+def test_match_cost_without_objects_is_empty():
     logits, pred_boxes, gt_labels, gt_boxes = random_image(2, N=5, M=0)
     assert matcher.match_cost(logits, pred_boxes, gt_labels, gt_boxes).shape == (5, 0)
 
@@ -207,7 +225,9 @@ def test_one_to_many_by_definition(N, M, steps):
         quality = torch.randint(steps + 1, (N, M), generator=g).double() / steps
         for threshold, k in ((0.4, 6), (0.5, 2), (0.75, 1)):
             pairs = pairs_of(quality, threshold=threshold, k=k)
-            assert pairs == slow_one_to_many(quality, threshold, k)
+            assert pairs == slow_one_to_many(quality, threshold, k), (
+                f"pairs (query, object), found and expected: threshold {threshold}, k {k}, seed "
+                f"{seed}, quality {quality.tolist() if N * M < 20 else (N, M)}")
     assert pairs_of(quality) == slow_one_to_many(quality, 0.4, 6)       # the release's constants
 
 
@@ -215,7 +235,8 @@ def test_one_to_many_keeps_its_promises():
     """[DAC Eq. 4]  At most k an object, none below the threshold, one object a query."""
     quality = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
     query_idx, gt_idx = matcher.one_to_many(quality, threshold=0.4, k=6)
-    assert (quality[query_idx, gt_idx] >= 0.4).all()
+    assert len(query_idx), "60 queries and 4 objects, and no pair at all"
+    assert (quality[query_idx, gt_idx] >= 0.4).all(), f"{quality[query_idx, gt_idx].min()} < .4"
     assert gt_idx.bincount().max() == 6         # here some object has its fill: k binds
     assert len(query_idx.unique()) == len(query_idx)
 

@@ -43,17 +43,21 @@ def test_target_is_the_score_exactly_where_score_and_iou_agree():
     u = s.flip(0)
     t = tal_loss.aligned_target(s, u)
     apart = s != u
-    assert (t > torch.minimum(s, u))[apart].all() and (t < torch.maximum(s, u))[apart].all()
+    assert (t > torch.minimum(s, u))[apart].all() and (t < torch.maximum(s, u))[apart].all(), (
+        f"targets {t.tolist()} of scores {s.tolist()} and IoUs {u.tolist()} lie between them")
 
 
 def test_no_gradient_into_targets():
     """[SD Eq. 6]  Neither the score nor the box learns through the target."""
     s, u = f64(.3, .6).requires_grad_(), f64(.7, .2).requires_grad_()
-    assert not tal_loss.aligned_target(s, u).requires_grad
+    for score, iou, mistake in ((s, u.detach(), "score"), (s.detach(), u, "IoU")):
+        target = tal_loss.aligned_target(score, iou)
+        assert not target.requires_grad, f"the {mistake} learns through the target {target}"
     t = f64(.4, .5).requires_grad_()            # nor through tal_loss, should a caller forget
     z = f64(.1, -.2).requires_grad_()
     tal_loss.tal_loss(z[None], t[None]).backward()
-    assert t.grad is None and z.grad.abs().min() > 0
+    assert t.grad is None, f"the targets get the gradient {t.grad}"
+    assert z.grad.abs().min() > 0, f"the logits get the gradient {z.grad}"
 
 
 # --- the loss [SD Eq. 7] --------------------------------------------------------------------------
@@ -103,7 +107,7 @@ def test_finite_where_the_sigmoid_is_saturated():
     t = torch.tensor([[0., 0.], [1., 1.], [.5, .5], [.01, .99]])
     loss = tal_loss.tal_loss(z, t)
     loss.backward()
-    assert loss.isfinite() and z.grad.isfinite().all()
+    assert loss.isfinite() and z.grad.isfinite().all(), f"loss {loss}, gradient {z.grad}"
 
 
 # --- where it leads [SD Eq. 6-7] ------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""To fill in: exercise 2 of exercises/README.md. Graded by
+
+    pytest --mine attention.neighbours
+    pytest --mine attention.deformable_attention
+"""
+import math  # noqa: F401
+import warnings  # noqa: F401
+from typing import NamedTuple  # noqa: F401
+import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
+from torch import nn  # noqa: F401
+from detr_min.attention import check_shapes  # noqa: F401
+
+
+def neighbours(position, size):
+    """The two cells beside a position on an axis, and the share of each: 0 beyond the map.
+
+    Args:
+        position  in cells, 0 = the centre of the first
+        size      cells of that axis; of several axes, if the last dimension tells them apart
+    Yields:
+        twice: cell, int32, kept on the map; share, with gradient
+    """
+    raise NotImplementedError(
+        "exercise 2, attention.neighbours: "
+        "yield the cell below and the cell above the position, each with its share")
+
+
+def deformable_attention(value, spatial_shapes, locations, weights):
+    """Sum up what is found at a query's sampling points, each times its weight.
+
+    [Deformable DETR Eq. 3]  out[n, h] = sum_l sum_k  A[n,h,l,k] * value_l,h(location[n,h,l,k])
+
+    Args:
+        value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads
+        spatial_shapes       [(h, w), ...]        L pairs of python ints, sum of h*w = S
+        locations            (B, N, H, L, K, 2)   (x, y) in [0, 1] of each level
+        weights         A    (B, N, H, L, K)      attention weights; the module's sum to 1 over L, K
+    Returns:
+        (B, N, D)  bilinear between the centres of cells, which lie at ((i + .5)/h, (j + .5)/w);
+        zero beyond the map
+    Raises:
+        ValueError: the shapes do not add up to S
+    """
+    raise NotImplementedError(
+        "exercise 2, attention.deformable_attention: "
+        "return the (B, N, D) sums of what is found at the sampling points")

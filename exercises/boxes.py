@@ -1,0 +1,38 @@
+"""To fill in: exercise 1 of exercises/README.md. Graded by
+
+    pytest --mine boxes.giou
+    pytest --mine boxes.refine
+"""
+from typing import NamedTuple  # noqa: F401
+import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
+import torchvision.ops as ops  # noqa: F401
+from detr_min.boxes import logit, to_xyxy  # noqa: F401
+
+
+def giou(boxes, others):
+    """IoU less the share of the enclosing box that neither covers: tells far from near at IoU 0.
+
+    GIoU(a, b) = IoU(a, b) - |hull \\ (a or b)| / |hull|        [Generalized IoU, CVPR 2019, Alg. 1]
+
+    Args and Returns as `iou`; (N, M), in (-1, 1].
+    """
+    raise NotImplementedError(
+        "exercise 1, boxes.giou: "
+        "return the (N, M) GIoU of every box with every other")
+
+
+def refine(ref_boxes, delta):
+    """Move a reference by a correction that lives before the sigmoid.
+
+    [Deformable DETR App. A.4]  box = sigmoid(logit(ref) + delta)
+
+    Args:
+        ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: the size is sigmoid(delta) then
+        delta      (..., 4)  what a box head says, any real number
+    Returns:
+        (..., 4)  cxcywh in [0, 1]; delta = 0 gives the reference back
+    """
+    raise NotImplementedError(
+        "exercise 1, boxes.refine: "
+        "return the boxes that the references become when moved by delta")

@@ -1,0 +1,32 @@
+"""To fill in: exercise 7 of exercises/README.md. Graded by
+
+    pytest --mine decoder_decoupled.DecoderLayer.disperse
+    pytest --mine decoder_decoupled.DecoderLayer.gather
+"""
+import torch  # noqa: F401
+from torch import nn  # noqa: F401
+from detr_min import attention, boxes, decoder_base, encoder, proposals  # noqa: F401
+
+
+class DecoderLayer:
+    # its other parts: detr_min/decoder_decoupled.py
+
+    def disperse(self, queries, query_pos, is_blocked=None):
+        """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
+
+        [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
+
+        What query i may not look at, (N, N), neither of its tokens may.
+        """
+        raise NotImplementedError(
+            "exercise 7, decoder_decoupled.DecoderLayer.disperse: "
+            "return what one self-attention over the tokens of both tasks makes of them")
+
+    def gather(self, queries, query_pos, ref_boxes, memory):
+        """Each query reads the image on its own, where its task wants. (B, N, D) -> (B, N, D)
+
+        [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
+        """
+        raise NotImplementedError(
+            "exercise 7, decoder_decoupled.DecoderLayer.gather: "
+            "return what each task's own branch makes of its half of the tokens")

@@ -1,0 +1,92 @@
+"""To fill in: exercise 3, 4, 5 of exercises/README.md. Graded by
+
+    pytest --mine matcher.match_cost
+    pytest --mine matcher.one_to_one
+    pytest --mine matcher.match_quality
+    pytest --mine matcher.one_to_many
+"""
+import torch  # noqa: F401
+from scipy.optimize import linear_sum_assignment  # noqa: F401
+from detr_min import boxes  # noqa: F401
+
+
+def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
+    """How badly prediction i explains object j. Lower is better.
+
+    [DETR Eq. 1], [Deformable DETR App. A.4]
+        cost[i, j] = 2 (focal_1(p) - focal_0(p)) + 5 |b_i - g_j|_1 - 2 GIoU(b_i, g_j),  p = p_i[c_j]
+        focal_1(p) = -.25 (1-p)^2 log p    focal_0(p) = -.75 p^2 log(1-p)
+    (1e-8 is added inside each logarithm, as released.)
+
+    Args:
+        logits      z  (N, C)  before the sigmoid; p = sigmoid(z)
+        pred_boxes  b  (N, 4)  cxcywh, in [0, 1] of image size
+        gt_labels   c  (M,)    int64 class ids in [0, C)
+        gt_boxes    g  (M, 4)  cxcywh, in [0, 1] of image size
+    Returns:
+        (N, M); an image without objects gives (N, 0)
+    """
+    raise NotImplementedError(
+        "exercise 3, matcher.match_cost: "
+        "return the (N, M) cost of every prediction for every object")
+
+
+def one_to_one(cost):
+    """The assignment of least total cost: each object gets one query, no query two objects.
+
+    [DETR Eq. 1]  argmin over sigma of  sum_j cost[sigma(j), j]       (Hungarian method, scipy)
+
+    Args:
+        cost  (N, M)  on any device
+    Returns:
+        query_idx, gt_idx, int64 (M,) each, sorted by query; empty for an image without objects
+    Raises:
+        ValueError: fewer queries than objects, or a cost that is not a number
+    """
+    raise NotImplementedError(
+        "exercise 3, matcher.one_to_one: "
+        "return the cheapest assignment, by trying every one or with scipy")
+
+
+def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_weight=0.7):
+    """How well prediction i explains object j. Higher is better.
+
+    [DAC Eq. 4]  M[i, j] = class_weight * p_i[c_j] + iou_weight * IoU(b_i, g_j)
+
+    Args:
+        probs       p  (N, C)  class probabilities in [0, 1] (after the sigmoid, not logits)
+        pred_boxes  b  (N, 4)  cxcywh, in [0, 1] of image size
+        gt_labels   c  (M,)    int64 class ids in [0, C)
+        gt_boxes    g  (M, 4)  cxcywh, in [0, 1] of image size
+        class_weight, iou_weight   dimensionless
+    Returns:
+        M  (N, M), in [0, class_weight + iou_weight]; an image without objects gives (N, 0)
+    Raises:
+        ValueError: probs outside [0, 1], which almost always means that logits were passed
+    Differs: DEVIATION. The paper prints weights 1 and 1; the release, and we, use .3 and .7.
+    """
+    raise NotImplementedError(
+        "exercise 4, matcher.match_quality: "
+        "return the (N, M) quality of every prediction for every object")
+
+
+def one_to_many(quality, threshold=0.4, k=6):
+    """Give each object up to k queries that explain it well enough, each query one object at most.
+
+    [DAC Eq. 4]  i is positive for j  <=>  M[i, j] >= threshold, i is among the k best of column j,
+    and (ours) j is the best of row i. Ties go to the lower index. Nothing is forced: an object that
+    no query reaches has none.
+
+    Args:
+        quality  M  (N, M)  higher is better
+        threshold   in the unit of M; .4 is the release's, the paper's own is not known to us
+        k           most queries an object gets; 6 is the release's
+    Returns:
+        query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
+    Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
+        it has one box to learn. DEVIATION from the release, where moreover the best query of an
+        object is forced, and a random 75 positives survive in crowded images; >= is its choice.
+    """
+    raise NotImplementedError(
+        "exercise 5, matcher.one_to_many: "
+        "return the pairs that pass the threshold, the top k and the best object")

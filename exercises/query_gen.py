@@ -1,0 +1,31 @@
+"""To fill in: exercise 8 of exercises/README.md. Graded by
+
+    pytest --mine query_gen.points_to_query
+"""
+import math  # noqa: F401
+from typing import NamedTuple  # noqa: F401
+import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
+import torchvision.ops as ops  # noqa: F401
+from torch import nn  # noqa: F401
+from detr_min import boxes, position, proposals  # noqa: F401
+
+
+def points_to_query(features, points, ref_boxes):
+    """The mean of what a box holds at its points, and the mean of where they are.
+
+    After [SD Eq. 5]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
+
+    Args:
+        features   F_R   (P, D, 7, 7)
+        points     R_SP  (P, M, 2)  (x, y) in [-1, 1] of the box
+        ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
+    Returns:
+        content (P, D), position (P, D)
+    Differs: [SD Fig. 3] draws both arrows; bilinear reading and the mean are from a reading note
+        of the paper. Reading F_R rather than the full map, and the mean of embeddings rather than
+        the embedding of a mean, are our choice.
+    """
+    raise NotImplementedError(
+        "exercise 8, query_gen.points_to_query: "
+        "return the mean feature and the mean position embedding of a box's points")

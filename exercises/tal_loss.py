@@ -1,0 +1,46 @@
+"""To fill in: exercise 9 of exercises/README.md. Graded by
+
+    pytest --mine tal_loss.aligned_target
+    pytest --mine tal_loss.tal_loss
+"""
+import torch.nn.functional as F  # noqa: F401
+
+
+def aligned_target(scores, ious, alpha=0.25, beta=0.75):
+    """What the score of a matched query should be, given how well its box fits.
+
+    [SD Eq. 6]  t = s^alpha * u^beta
+
+    With alpha + beta = 1, as here, t = s exactly where s = u: the score is drawn to the IoU, and
+    s^alpha only makes the climb gradual. The form is printed; the values of alpha, beta, and of
+    gamma below, are from a reading note of the paper.
+
+    Args:
+        scores  s  (P,)  probability of the object's class, in [0, 1]
+        ious    u  (P,)  IoU of the same layer's box with the object, in [0, 1]
+    Returns:
+        t  (P,), in [0, 1], without gradient
+    """
+    raise NotImplementedError(
+        "exercise 9, tal_loss.aligned_target: "
+        "return what the score of each matched query should be")
+
+
+def tal_loss(logits, targets, gamma=2.0):
+    """Cross-entropy to a soft target, weighted by how far the score is from it. Lower is better.
+
+    [SD Eq. 7]  L = sum_pos |t - s|^gamma BCE(s, t) + sum_neg s^gamma BCE(s, 0),    s = sigmoid(z)
+
+    One expression covers both sums: a negative is an entry with t = 0, and |0 - s| = s.
+
+    Args:
+        logits   z  (N, C)  before the sigmoid
+        targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
+    Returns:
+        scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
+    Differs: no; what the equation leaves open is ours: the factor |t - s|^gamma is not detached
+        (as in focal loss), the caller clamps t at .01 and divides by the number of objects.
+    """
+    raise NotImplementedError(
+        "exercise 9, tal_loss.tal_loss: "
+        "return the sum of the weighted cross-entropies, a scalar")

@@ -1,0 +1,439 @@
+"""The exercises and their graders: right answers pass, wrong ones fail, nothing passes by chance.
+
+Right answers are the package's own functions and those in tests/answers; wrong ones are the mutants
+of exercises/grading/bank.py. Grading runs pytest within pytest, without the training at its end,
+which is under -m slow.
+"""
+import ast
+import contextlib
+import io
+import pathlib
+import re
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from detr_min import config, criterion, tal_loss
+from exercises import bug, kill, stubs
+from exercises.grading import bank, catalogue, mine, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "exercises"
+README = (FOLDER / "README.md").read_text()
+FUNCTIONS = list(catalogue.EXERCISES)
+MODULES = list(dict.fromkeys(name.split(".")[0] for name in FUNCTIONS))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+class Tally:
+    """Outcomes of the tests of one run."""
+
+    def __init__(self):
+        self.passed, self.failed, self.skipped = [], [], []
+
+    def pytest_runtest_logreport(self, report):
+        if report.outcome != "passed" or report.when == "call":
+            getattr(self, report.outcome).append(report.nodeid)
+
+
+def grade(target, folder, *more):
+    """pytest --mine target, in this process: its exit status, a Tally, and what it printed."""
+    tally, text = Tally(), io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        status = pytest.main([*more, "--mine", target, f"--folder={folder}", "-p",
+                              "no:cacheprovider", "-p", "no:unraisableexception", "--capture=no"],
+                             plugins=[tally])
+    return status, tally, text.getvalue()
+
+
+UNTRAINED = "--deselect=exercises/grading/training.py"
+ONLY_TRAINED = "-ka_tiny_detector_learns"
+
+
+def hand_in(folder, function, source):
+    """A student's file with one function in it."""
+    module, *path = function.split(".")
+    rows = stubs.imports(module, [path])
+    if path[:-1]:
+        rows, source = [*rows, f"class {path[0]}:"], textwrap.indent(source, "    ")
+    (folder / f"{module}.py").write_text("\n".join(rows) + "\n" + source)
+    return folder
+
+
+# --- the stubs ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_stub_has_the_signature_and_docstring_of_the_source(function):
+    """Whatever a student wrote in its body."""
+    module, *path = function.split(".")
+    mine_ = stubs.node_of(ast.parse((FOLDER / f"{module}.py").read_text()), path)
+    assert mine_ is not None, f"exercises/{module}.py lacks {function}: python exercises/stubs.py"
+    source = stubs.node_of(ast.parse(stubs.source_of(module)), path)
+    again = "the source has changed: python exercises/stubs.py, if this is still the stub"
+    assert ast.unparse(mine_.args) == ast.unparse(source.args), again
+    assert ast.get_docstring(mine_) == ast.get_docstring(source), again
+
+
+def test_stubs_are_written_once_and_never_over_what_a_student_wrote(tmp_path, capsys):
+    stubs.main(tmp_path)
+    fresh = {module: (tmp_path / f"{module}.py").read_text() for module in MODULES}
+    for text in fresh.values():
+        compile(text, "stub", "exec")
+        assert max(map(len, text.splitlines())) <= 100
+    own = fresh["matcher"].replace('raise NotImplementedError(\n        "exercise 4',
+                                   'return 42\n    print("exercise 4')
+    assert own != fresh["matcher"]
+    (tmp_path / "matcher.py").write_text(own)
+    (tmp_path / "tal_loss.py").write_text("def tal_loss(logits, targets): return 'mine'\n")
+    (tmp_path / "decoder_decoupled.py").write_text(
+        "class DecoderLayer:\n    def disperse(self):\n        return 1\n\n\nafter = 2\n")
+    (tmp_path / "boxes.py").write_text("def giou(:\n")
+    (tmp_path / "align_loss.py").write_text(fresh["align_loss"].replace("How many pairs", "How"))
+    stubs.main(tmp_path)
+    assert (tmp_path / "align_loss.py").read_text() == fresh["align_loss"]      # it was no one's
+    said = capsys.readouterr().out.splitlines()[len(MODULES):]
+    assert (tmp_path / "matcher.py").read_text() == own
+    assert (tmp_path / "boxes.py").read_text() == "def giou(:\n"
+    completed = (tmp_path / "tal_loss.py").read_text()
+    assert completed.startswith("def tal_loss(logits, targets): return 'mine'\n")
+    assert completed.count("def aligned_target(") == 1
+    joined = (tmp_path / "decoder_decoupled.py").read_text()
+    layer = stubs.node_of(ast.parse(joined), ["DecoderLayer"])
+    assert [node.name for node in layer.body] == ["disperse", "gather"] and "after = 2" in joined
+    assert any(re.search(r"boxes.py left alone: Python cannot read line 1", line) for line in said)
+    assert any(re.search(r"matcher.py left alone: nothing is missing", line) for line in said)
+    assert any(re.search(r"tal_loss.py completed, what was there is unchanged", s) for s in said)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_stub_fails_with_a_sentence(tmp_path, module):
+    """The first red: one failure, which names the exercise and what to do."""
+    stubs.main(tmp_path)
+    function = next(name for name in FUNCTIONS if name.startswith(module))
+    status, tally, text = grade(function, tmp_path)
+    assert status == pytest.ExitCode.TESTS_FAILED and len(tally.failed) == 1 and not tally.passed
+    todo = catalogue.EXERCISES[function].todo
+    assert re.search(rf"NotImplementedError: exercise \d+, {function}: {re.escape(todo)}", text)
+    assert "It is still the stub" in text
+
+
+# --- graders are graded ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("answer", ["the package's", "tests/answers"])
+def test_right_answers_pass(tmp_path, function, answer):
+    folder = ROOT / answer
+    if answer == "the package's":
+        folder = hand_in(tmp_path, function, catalogue.source(function))
+    status, tally, text = grade(function, folder, UNTRAINED)
+    assert status == 0 and tally.passed and not tally.failed + tally.skipped, text
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_there_are_three_wrong_answers_and_another_right_one(function):
+    module, *path = function.split(".")
+    assert sum(mutant.function == function for mutant in bank.MUTANTS) >= 3
+    other = stubs.node_of(ast.parse((ROOT / "tests/answers" / f"{module}.py").read_text()), path)
+    source = stubs.node_of(ast.parse(stubs.source_of(module)), path)
+    assert other is not None and ast.dump(other) != ast.dump(source)
+
+
+ASKED = [mutant for mutant in bank.MUTANTS if mutant.function in FUNCTIONS]
+
+
+@pytest.mark.parametrize("mutant", ASKED, ids=lambda m: f"{m.function}: {m.mistake}")
+def test_wrong_answers_fail(tmp_path, mutant):
+    folder = hand_in(tmp_path, mutant.function, mutant.source())
+    status, tally, text = grade(mutant.function, folder, UNTRAINED, "-x")
+    assert status == pytest.ExitCode.TESTS_FAILED and tally.failed, text
+
+
+@pytest.mark.parametrize("name", bank.BUGS)
+def test_a_bug_is_red_as_handed_out_and_green_when_mended(tmp_path, name, capsys):
+    """[exercise 11]  And nothing is written over it."""
+    assert bug.main([name[4:]], tmp_path) == 0
+    file, mutant = tmp_path / f"{name}.py", bank.BUGS[name]
+    status, tally, text = grade(name, tmp_path, UNTRAINED, "-x")
+    assert status == pytest.ExitCode.TESTS_FAILED and tally.failed, text
+    handed_out = file.read_text()
+    assert max(map(len, handed_out.splitlines())) <= 110
+    assert bug.main([name[4:]], tmp_path) == 1 and file.read_text() == handed_out
+    indent = "    " * (mutant.function.count(".") - 1)
+    wrong, right = (textwrap.indent(text, indent) for text in (
+        mutant.source(), catalogue.source(mutant.function)))
+    assert handed_out.endswith(wrong)
+    file.write_text(handed_out.replace(wrong, right))
+    status, tally, text = grade(name, tmp_path, UNTRAINED)
+    assert status == 0 and tally.passed and not tally.skipped, text
+
+
+@pytest.mark.parametrize("name", bank.BUGS)
+def test_a_bug_cannot_be_seen_by_shapes(name, monkeypatch):
+    """[exercise 11]  A detector trains with it: two steps, no error, finite numbers."""
+    mutant = bank.BUGS[name]
+    monkeypatch.setattr(training, "STEPS", 2)
+    calls, undo = mine.swap(catalogue.find(mutant.function), mutant.make())
+    try:
+        with training.detour(mutant.function):
+            training.train(catalogue.GRADED[mutant.function].variant)
+    finally:
+        undo()
+    assert calls
+
+
+# --- training through the student's function ------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("answer", ["the package's", "tests/answers"])
+def test_a_detector_learns_through_right_answers(tmp_path, function, answer):
+    folder = ROOT / answer
+    if answer == "the package's":
+        folder = hand_in(tmp_path, function, catalogue.source(function))
+    status, tally, text = grade(function, folder, ONLY_TRAINED)
+    assert status == 0 and len(tally.passed) == 1, text
+
+
+LEARNING_TELLS = [
+    bank.one("boxes.refine", "no sigmoid"),
+    bank.one("matcher.match_cost", "a quality added to a cost"),
+    bank.one("matcher.one_to_one", "the dearest"),
+    bank.one("matcher.match_quality", "cxcywh read as corners"),
+    bank.one("matcher.one_to_many", "a quality read as a cost"),
+    bank.Mutant("attention.neighbours", "nothing is read", "share * (", "0 * share * ("),
+    bank.Mutant("attention.deformable_attention", "nothing is read", "out + torch", "0 * torch"),
+    bank.Mutant("tal_loss.tal_loss", "away from the target", "return (", "return -("),
+    bank.Mutant("tal_loss.aligned_target", "upside down", "ious.detach()", "(1 - ious.detach())"),
+    bank.Mutant("align_loss.ranked_target", "all are negatives", "quality * w", "0 * quality * w"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", LEARNING_TELLS, ids=lambda m: f"{m.function}: {m.mistake}")
+def test_where_learning_can_tell_it_does(tmp_path, mutant):
+    """The training alone fails."""
+    folder = hand_in(tmp_path, mutant.function, mutant.source())
+    status, tally, text = grade(mutant.function, folder, ONLY_TRAINED)
+    assert status == pytest.ExitCode.TESTS_FAILED and tally.failed, text
+
+
+# --- what is swapped ------------------------------------------------------------------------------
+
+def test_a_swap_reaches_every_reference_and_is_undone():
+    """Names imported elsewhere, tables, default arguments: whoever holds the function."""
+    logits, targets = torch.zeros(1, 2), torch.tensor([[.9, 0.]])
+    captured, table = tal_loss.tal_loss, criterion.CLASS_LOSSES["tal"].loss
+    before = captured(logits, targets)
+    calls, undo = mine.swap(tal_loss.tal_loss, lambda logits, targets, gamma=2.0: "mine")
+    assert captured(logits, targets) == table(logits, targets, gamma=3.) == "mine"
+    assert tal_loss.tal_loss(logits, targets=targets) == "mine" and len(calls) == 3
+    undo()
+    assert captured(logits, targets) == before and not any(
+        name.startswith("_mine") for name in vars(tal_loss))
+
+
+def test_an_answer_that_calls_the_packages_function_is_told_so(tmp_path):
+    (tmp_path / "tal_loss.py").write_text(
+        "from detr_min import tal_loss as theirs\n"
+        "def aligned_target(*given):\n    return theirs.aligned_target(*given)\n")
+    status, _, text = grade("tal_loss.aligned_target", tmp_path, UNTRAINED, "-x")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "your aligned_target calls the package's, which yours replaces now" in text
+
+
+def test_a_whole_test_file_can_be_given(tmp_path):
+    folder = hand_in(tmp_path, "tal_loss.aligned_target",
+                     bank.one("tal_loss.aligned_target", "exponents swapped").source())
+    status, tally, text = grade("tal_loss.aligned_target", folder, "--maxfail=99",
+                                "tests/test_tal_loss.py")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "tests/test_tal_loss.py::test_loss_by_hand" in tally.passed          # the package's
+    assert "tests/test_tal_loss.py::test_target_by_hand" in tally.failed        # the student's
+    assert "Begin with tests/test_tal_loss.py::test_target_by_hand" in text
+    assert "not trained: mend the tests above first" in text
+    assert "found    tensor([0.1250, 0.5000" in text and "expected tensor([0.5000, 0.1250" in text
+
+
+# --- nothing passes by chance ---------------------------------------------------------------------
+
+ANSWER = "def aligned_target(s, u, alpha=.25, beta=.75):\n    return (s ** alpha * u ** beta)"
+
+
+@pytest.mark.parametrize("line, skipped", [
+    ("pytest.skip('no reason')", True), ("pytest.xfail('no reason')", True), ("pass", False)])
+def test_a_skip_is_no_pass(tmp_path, monkeypatch, line, skipped):
+    """Nor is a run in which the function was never called."""
+    monkeypatch.delitem(sys.modules, "test_given", raising=False)
+    (tmp_path / "tal_loss.py").write_text(ANSWER)
+    call = "tal_loss.aligned_target(torch.ones(1), torch.ones(1))" if skipped else "pass"
+    file = tmp_path / "test_given.py"
+    file.write_text("import pytest, torch\nfrom detr_min import tal_loss\n"
+                    f"def test_one():\n    {call}\ndef test_two():\n    {line}\n")
+    status, tally, text = grade("tal_loss.aligned_target", tmp_path, f"--rootdir={ROOT}", UNTRAINED,
+                                "tests/test_tal_loss.py::test_loss_by_hand", str(file))
+    assert status == pytest.ExitCode.TESTS_FAILED and not tally.failed
+    says = "a skip is no pass" if skipped else "no test called tal_loss.aligned_target"
+    assert f"NOT PASSED: {'1 skipped, and ' * skipped}{says}" in text
+
+
+def refusal(target, folder):
+    with pytest.raises(pytest.UsageError) as error:
+        mine.Work(target, folder)
+    return str(error.value)
+
+
+def test_mistakes_of_the_command_line_end_in_a_sentence(tmp_path):
+    says = refusal("matcher.match_qualty", tmp_path)
+    assert "--mine matcher.match_qualty is no exercise. Did you mean matcher.match_quality?" in says
+    assert all(name in says for name in [*FUNCTIONS, *bank.BUGS])
+    (tmp_path / "boxes.py").write_text("x = 1\n")
+    says = refusal("matcher.match_quality", tmp_path)
+    assert "matcher.py is missing" in says and "boxes" in says and "exercises/stubs.py" in says
+    assert "exercises/bug.py 2" in refusal("bug_2", tmp_path)
+    (tmp_path / "matcher.py").write_text("import torch\ndef match_quality(:\n    pass\n")
+    assert re.search(r"Python cannot read .*matcher.py, line 2: .*`def match_quality\(:`",
+                     refusal("matcher.match_quality", tmp_path))
+    (tmp_path / "matcher.py").write_text("import torch\n\nx = 1 / 0\n")
+    assert re.search(r"matcher.py, line 3 fails on import: ZeroDivisionError: division by zero",
+                     refusal("matcher.match_quality", tmp_path))
+    (tmp_path / "matcher.py").write_text("import torch\ndef match_qualty(): pass\n")
+    assert re.search(r"matcher.py has no match_quality; it has match_qualty. `python exercises/",
+                     refusal("matcher.match_quality", tmp_path))
+    (tmp_path / "decoder_dac.py").write_text("class DACDecoder:\n    pass\n")
+    assert "has no DACDecoder.c_decoder" in refusal("decoder_dac.DACDecoder.c_decoder", tmp_path)
+    status, _, text = grade("nonsense", tmp_path)
+    assert status == pytest.ExitCode.USAGE_ERROR and "nonsense is no exercise" in text
+
+
+# --- tests that are graded by mutants [exercise 12] -----------------------------------------------
+
+GOOD = """
+import torch
+from detr_min import matcher
+
+def pairs(*given):
+    return list(zip(*(t.tolist() for t in matcher.one_to_many(*given))))
+
+def test_it():
+    quality = torch.tensor([[.9, .5], [.4, .0], [.8, .0], [.3, .7]])
+    assert pairs(quality, .4, 2) == [(0, 0), (2, 0), (3, 1)]
+    assert pairs(quality[1:2], .4, 2) == [(0, 0)]
+"""
+
+
+def graded(tmp_path, text, capsys):
+    file = tmp_path / "given_tests.py"
+    file.write_text(text)
+    status = kill.grade("matcher.one_to_many", file)
+    return status, capsys.readouterr().out
+
+
+def test_good_tests_kill_every_mutant(tmp_path, capsys):
+    status, said = graded(tmp_path, GOOD, capsys)
+    assert status == 0 and "5 of 5 mutants of matcher.one_to_many killed" in said, said
+    assert "SURVIVED" not in said
+
+
+def test_weak_tests_let_mutants_live(tmp_path, capsys):
+    status, said = graded(tmp_path, GOOD.replace("assert pairs(quality[1:2], .4, 2) == [(0, 0)]",
+                                                 "").replace(".4, 2)", ".3, 2)"), capsys)
+    assert status == 1 and "SURVIVED  exactly the threshold does not count\n" in said
+    assert "killed    one too many" in said
+    status, said = graded(tmp_path, "def test_nothing():\n    assert 1 + 1 == 2\n", capsys)
+    assert status == 1 and "0 of 5 mutants" in said and "never called the function" in said
+
+
+@pytest.mark.parametrize("text, why", [
+    ("", "the file holds no test"),
+    ("def test_it(:\n", "the file cannot be run"),
+    ("import nowhere\n", "the file cannot be run"),
+    ("def test_it():\n    assert False\n", "they fail on the function as it is"),
+    ("import sys\ndef test_it():\n    sys.exit(0)\n", "they fail on the function as it is"),
+    (GOOD + "\nimport pytest\ndef test_b():\n    pytest.skip('later')\n", "1 of them are skipped"),
+    (GOOD + "\nimport pytest\n@pytest.mark.xfail\ndef test_b():\n    assert 0\n", "1 of them are"),
+    (GOOD + "\nimport pytest\ndef test_b():\n    pytest.exit('done', 0)\n", "only 1 of the 2"),
+    ("import os\nif os.environ.setdefault('KILL_RUNS', '') == 'xxx': raise SystemError\n" + GOOD +
+     "\ndef test_b():\n    os.environ['KILL_RUNS'] += 'x'\n    assert len(os.environ['KILL_RUNS']) "
+     "< 3\n", "so chance decides")])
+def test_tests_that_prove_nothing_are_refused(tmp_path, capsys, monkeypatch, text, why):
+    monkeypatch.delenv("KILL_RUNS", raising=False)
+    status, said = graded(tmp_path, text, capsys)
+    assert status == 1 and "Not graded" in said and why in said, said
+
+
+def test_the_stub_of_exercise_12_is_refused_with_its_own_sentence(tmp_path, capsys):
+    status, said = graded(tmp_path, stubs.MY_TESTS, capsys)
+    assert status == 1 and "NotImplementedError: exercise 12: write tests that pass" in said
+    assert kill.main([]) == kill.main(["matcher.nonsense"]) == 2
+    assert "matcher.nonsense has no mutants. There are mutants of:" in capsys.readouterr().out
+
+
+# --- the table and the README ---------------------------------------------------------------------
+
+ROWS = re.findall(r"^\| (\d+) \| `([\w.]+)` \| (\d+) \| (.+?) \| (\d+) \|$", README, re.M)
+SECTIONS = {int(number): text for number, text in
+            re.findall(r"^## (\d+) (.+?)(?=^## |\Z)", README, re.M | re.S)}
+
+
+def test_the_table_of_the_readme_is_the_table_of_the_exercises():
+    """Number, function, lines of the package's own answer, and of those none above 15."""
+    assert [(int(number), function) for number, function, *_ in ROWS] == [
+        (exercise.number, function) for function, exercise in catalogue.EXERCISES.items()]
+    for _, function, minutes, _, lines in ROWS:
+        assert catalogue.lines(function) == int(lines) <= 15, function
+        assert 5 <= int(minutes) <= 240
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])
+def test_a_row_names_the_equation_that_the_source_names(row):
+    _, function, _, section, _ = row
+    module = (ROOT / "detr_min" / f"{function.split('.')[0]}.py").read_text().split('"""')[1]
+    text = catalogue.source(function) + module
+    for paper, number in re.findall(r"\b(DAC|SD|DETR) Eq\. (\d)", section):
+        tags = re.findall(rf"{paper} Eq\. (\d)(?:-(\d))?", text)
+        assert any(int(a) <= int(number) <= int(b or a) for a, b in tags), (section, tags)
+
+
+def test_each_exercise_has_its_paper_its_grading_and_one_hint():
+    assert sorted(SECTIONS) == list(range(1, 14))
+    for number, text in SECTIONS.items():
+        assert re.match(r".+ \(.+\)\n", text), f"no paper section in the heading of {number}"
+        assert text.count("Graded: ") == 1 == text.count("Hint: "), number
+    for function, exercise in catalogue.EXERCISES.items():
+        assert f"`pytest --mine {function}`" in SECTIONS[exercise.number], function
+
+
+def test_numbers_files_and_flags_of_the_readme_are_true():
+    assert f"There are {len(bank.BUGS)}:" in SECTIONS[11]
+    assert f"| 11 | `bug_1` to `bug_{len(bank.BUGS)}` |" in README
+    many = sum(mutant.function == "matcher.one_to_many" for mutant in bank.MUTANTS)
+    assert f"each of {many} versions" in " ".join(SECTIONS[12].split())
+    for name in re.findall(r"(?:python |`)(exercises/[\w/]+\.py)", README):
+        assert (ROOT / name).exists() or "bug_3" in name, name
+    known = (ROOT / "detr_min" / "config.py").read_text()
+    for flag, value in re.findall(r"--(\w+) (\w+)", SECTIONS[13]):
+        assert f"    {flag}:" in known and (value.isdigit() or f'"{value}"' in known), flag
+    assert f"{PRESET.steps} steps on shapes" in SECTIONS[13]
+    assert (FOLDER / "my_tests.py").exists()
+
+
+PRESET = config.preset("shapes")
+
+
+def test_a_mutant_replaces_one_place_and_still_runs():
+    for mutant in bank.MUTANTS:
+        assert callable(mutant.make()) and mutant.source() != catalogue.source(mutant.function)
+
+
+@pytest.mark.parametrize("function", catalogue.GRADED)
+def test_the_tests_of_an_exercise_exist(function):
+    for test in catalogue.GRADED[function].tests:
+        file, name = test.split("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+    assert len(catalogue.GRADED[function].tests) >= 3
