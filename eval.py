@@ -90,6 +90,9 @@ def main(argv=None):
     if args.out or args.photos or args.points:
         out.mkdir(parents=True, exist_ok=True)
     if args.coco or not (args.photos or args.points):
+        if cfg.preset != "shapes" and not (args.coco or cfg.coco):
+            raise ValueError(f"{args.weights} is a published file, which names no data: give "
+                             "--coco DIR or --photos FILE")
         dataset = runs.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
                                 detector.categories)
         dataset.image_ids = dataset.image_ids[:args.images or None]

@@ -69,10 +69,7 @@ def losses_of(runner, batch, cfg, step, num_objects):
     device = next(runner.parameters()).device
     images, is_pad = (t.to(device) for t in batch[:2])
     targets = [t._replace(labels=t.labels.to(device), boxes=t.boxes.to(device)) for t in batch[2]]
-    name = cfg.loss
-    if name == "focal_then_tal":                            # ours: SD-DETR's loss starts slowly
-        name = "focal" if step <= cfg.steps / 5 else "tal"
-    class_loss = criterion.CLASS_LOSSES[name]
+    class_loss = criterion.CLASS_LOSSES[cfg.loss]
     assign_c = criterion.C_ASSIGNMENTS.get(cfg.model, criterion.paper_assignment)
     noisy = None
     if cfg.recipe.dn_number:

@@ -7,8 +7,8 @@
 Every side gets the same images in the same order, resolution, backbone, width, depth, number of
 queries, optimizer and schedule, of preset shapes; and its own matcher, losses and initial weights,
 as shipped. `theirs_from_ours` is a control: their model, matcher and loss, from our initial weights
-and with a class head for each layer. Testing stands outside the clock. Exit status: 0 done, 1 failed, 2 flags refused or
-transformers missing.
+and with a class head for each layer. Testing stands outside the clock. Exit status: 0 done, 1
+failed, 2 flags refused or transformers missing.
 """
 import argparse
 import dataclasses

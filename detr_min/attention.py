@@ -177,14 +177,16 @@ class GatherSum(torch.autograd.Function):
     def backward(ctx, grad):
         table, row, share = ctx.saved_tensors
         (M, T), R, grad = row.shape, len(table), grad.contiguous()
-        padded = F.pad(table, (0, 0, 0, max(0, T - R)))     # torch wants entries <= columns
+        padded = table if T <= R else F.pad(table, (0, 0, 0, T - R))    # torch: entries <= columns
         ends = torch.arange(0, M * T + 1, T, dtype=torch.int32)
         pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
                                           check_invariants=False)
         grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
         pieces = 4 if M * T > 8 * R else 1          # four short sorts take less than a long one
-        grad_table = sum(scatter_sum(grad, r, s, R)
-                         for r, s in zip(row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
+        grad_table, *rest = (scatter_sum(grad, r, s, R) for r, s in zip(
+            row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
+        for part in rest:
+            grad_table += part
         return grad_table, None, grad_share.view(M, T)
 
 

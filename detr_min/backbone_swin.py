@@ -28,13 +28,17 @@ def original_name(name):
     return name
 
 
-def pretrained(content, names):
-    """What an ImageNet classifier of the Swin repository holds of a Detector's tensors, or {}."""
-    theirs = content.get("model", {}) if isinstance(content, dict) else {}
+def pretrained(theirs, names):
+    """What an ImageNet classifier of the Swin repository holds of a Detector's tensors, or {}.
+
+    Args:
+        theirs  its state dict, or any other dict
+        names   of the Detector's tensors
+    """
     found = {name: theirs.get(original_name(name.removeprefix("backbone.")))
              for name in names if name.startswith("backbone.")}
     return {name: tensor.flatten() if name.endswith(".relative_position_index") else tensor
-            for name, tensor in found.items() if tensor is not None}
+            for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 def split(x, size):

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import re
 
 import torch
 
@@ -86,8 +87,10 @@ def check_ours(content, path):
     """The content of a file, or a ValueError where `save` did not make it."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = [*map(str, content)][:4] if isinstance(content, dict) else [type(content).__name__]
-        raise ValueError(f"{path} is not a checkpoint of this package; it holds {', '.join(keys)}")
-    missing = {"config", "categories", "model", "optimizer", "progress"} - content.keys()
+        raise ValueError(f"{path} is not a checkpoint of this package; it holds "
+                         f"{', '.join(keys) or 'nothing'}")
+    parts = {"config": dict, "categories": list, "model": dict, "optimizer": dict, "progress": dict}
+    missing = {key for key, kind in parts.items() if not isinstance(content.get(key), kind)}
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: an incomplete checkpoint")
     return content
@@ -129,9 +132,26 @@ def load_model(path):
     return detector.eval()
 
 
-def init_from(detector, categories, path):
-    """Fill in what of a checkpoint fits another detector; class heads only for the same classes.
+def objectness(state, own):
+    """The encoder's class head with another's row 0, "an object is here", whatever its classes are.
 
+    Args:
+        state, own  {name: tensor} of the other detector and of ours
+    Returns:
+        {name: tensor}, weight and bias, the other rows ours; {} if one has none, or another width
+    """
+    names = [f"queries.mini_detector.class_head.{kind}" for kind in ("weight", "bias")]
+    if any(name not in own or name not in state or state[name].shape[1:] != own[name].shape[1:]
+           for name in names):
+        return {}
+    return {name: torch.cat([state[name][:1].to(own[name]), own[name][1:]]) for name in names}
+
+
+def init_from(detector, categories, path):
+    """Fill in what of a checkpoint fits another detector.
+
+    Class heads and label embeddings are for the same classes only. But row 0 of the encoder's class
+    head says where any object is, and picks the queries: it is taken whatever the classes are.
     A classifier of the Swin repository, trained on ImageNet, fills in a Swin backbone.
 
     Args:
@@ -139,19 +159,24 @@ def init_from(detector, categories, path):
         categories  [{"id", "name"}] it is to learn
         path        a run folder or a .pt or .pth file, ours or published
     Returns:
-        names of the tensors of `detector` that were not taken and stay random, sorted
+        names of the tensors of `detector` that stay random, sorted; a head of which row 0 was taken
+        is among them, as "NAME but for row 0"
     Raises:
         FileNotFoundError, ValueError: as `load_model`; or nothing fits at all
     """
     own, content = detector.state_dict(), open_file(path)
-    state, theirs = backbone_swin.pretrained(content, own), ()
+    state, theirs = backbone_swin.pretrained(published.state_of(content), own), ()
     if not state:
         _, theirs, state = weights_of(content, path)
     same_classes = [c["name"] for c in theirs] == [c["name"] for c in categories]
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     taken = {name: tensor for name, tensor in state.items()
              if name in own and own[name].shape == tensor.shape
-             and (same_classes or "class_head" not in name)}
+             and (same_classes or not re.search("class_head|label_embed", name))}
     if not taken:
         raise ValueError(f"{path}: no tensor fits this model; was it made with another preset?")
-    detector.load_state_dict(taken, strict=False)
-    return sorted(own.keys() - taken.keys())
+    in_part = {} if same_classes else objectness(state, own)
+    detector.load_state_dict({**taken, **in_part}, strict=False)
+    whole = {name for name, tensor in in_part.items() if len(tensor) == 1}      # the only row
+    return sorted(f"{name} but for row 0" if name in in_part else name
+                  for name in own.keys() - taken.keys() - whole)

@@ -37,7 +37,7 @@ class Config:
     """What a person sets, one flag a field. A preset fills in whatever is not given."""
     preset: str = "shapes"  # PRESETS below; --coco alone means coco
     model: str = "dac"     # deformable | dac | dac_release | decoupled | dac_decoupled | split
-    loss: str = "focal"             # focal | tal | align | focal_then_tal: of class scores
+    loss: str = "focal"             # focal | tal | align: of class scores
     queries: str = "two_stage"      # learned | two_stage | two_stage_unmixed | task_aware
     backbone: str = "convnet"       # convnet | resnet50, from ImageNet's weights | swin_l
     coco: str = ""                  # folder in COCO layout; empty = synthetic shapes, no download
@@ -109,7 +109,7 @@ def preset(name, **changes):
 
 CHOICES = {"model": ("deformable", "deformable_fixed", "dac", "dac_release", "decoupled",
                      "dac_decoupled", "split"),
-           "loss": ("focal", "tal", "align", "focal_then_tal"),
+           "loss": ("focal", "tal", "align"),
            "queries": ("learned", "two_stage", "two_stage_unmixed", "task_aware"),
            "backbone": ("convnet", "resnet50", "swin_l"), "device": ("auto", "cpu", "cuda", "mps"),
            "precision": ("fp32", "bf16")}
@@ -138,9 +138,10 @@ def from_dict(values):
     """A Config from what dataclasses.asdict made of it, as checkpoints store it.
 
     Raises:
-        ValueError: fields that this version does not know, or lacks
+        ValueError: fields or values that this version does not know, or lacks
     """
     values = dict(values)
+    check(values)
     try:
         return Config(recipe=Recipe(**values.pop("recipe")), **values)
     except (TypeError, KeyError) as error:

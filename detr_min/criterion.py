@@ -12,6 +12,7 @@ import torchvision.ops as ops
 from . import align_loss, boxes, denoising, matcher, tal_loss
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0       # [DETR App. A.4]
+TAL_WEIGHT = 8.0    # ours, unknown of the paper: with focal loss's 2, scores learn late (README)
 C_NORMALISER = 3.0  # the C-Decoder's sums are divided by this times the number of objects (release)
 
 
@@ -47,7 +48,7 @@ def clamped_aligned_target(scores, ious, gt_idx):
 
 CLASS_LOSSES = {
     "focal": ClassLoss(hard_target, focal_loss, 2.0),
-    "tal": ClassLoss(clamped_aligned_target, tal_loss.tal_loss, 2.0),
+    "tal": ClassLoss(clamped_aligned_target, tal_loss.tal_loss, TAL_WEIGHT),
     "align": ClassLoss(align_loss.ranked_target, align_loss.align_loss, 1.0),
 }
 

@@ -187,8 +187,26 @@ def flip_only():
 
 
 def resize(size, max_size):
-    """Short side to `size` px, unless the long side would pass `max_size`; nothing random."""
-    return v2.Resize([size] if size < max_size else None, max_size=max_size)
+    """DETR's for tests, nothing random: see resized_sides."""
+    return functools.partial(resize_all, size, max_size)
+
+
+def resized_sides(h, w, size, max_size):
+    """Short side to `size` px, unless the long side would pass `max_size`. -> (h, w)
+
+    DETR's numbers: a short side below `size` is rounded, the long side is cut to whole pixels after
+    it. So where the short side is rounded up, the long one may still pass `max_size` a little.
+    """
+    short, long = min(h, w), max(h, w)
+    if size * long / short > max_size:
+        size = max(round(max_size * short / long), 1)
+    sides = size, int(size * long / short)
+    return sides if h <= w else sides[::-1]
+
+
+def resize_all(size, max_size, picture, *objects):
+    """A picture, with its objects or without them."""
+    return v2.Resize(resized_sides(*picture.shape[-2:], size, max_size))(picture, *objects)
 
 
 def multi_scale_and_crop(size, max_size):

@@ -31,10 +31,15 @@ NOT_TAKEN = r"label_enc\.weight|backbone\.0\.body\..*\.num_batches_tracked"     
 INCOMPLETE = "no complete checkpoint of DAC-DETR or Deformable DETR"
 
 
+def state_of(content):
+    """The state dict that a file's content is, or holds as "model"; {} if it is no dict."""
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    return state if isinstance(state, dict) else {}
+
+
 def recognises(content):
     """Whether a file's content is, or holds as "model", a state dict of this family."""
-    state = content.get("model", content) if isinstance(content, dict) else ()
-    return any(str(key).startswith("transformer.encoder.layers.") for key in state)
+    return any(str(key).startswith("transformer.encoder.layers.") for key in state_of(content))
 
 
 def their_name(name, decoder_layers):
@@ -65,6 +70,26 @@ def kind_of(theirs):
     return "deformable", "two_stage_unmixed"
 
 
+def shape_of(theirs, key, num_dims):
+    """The shape of a tensor that must have so many dimensions.
+
+    Raises:
+        KeyError, ValueError: it is missing, or has not; both name it
+    """
+    shape = [*theirs[key].shape]
+    if len(shape) != num_dims:
+        raise ValueError(f"{key} {shape}")
+    return shape
+
+
+def number_of(args, name, otherwise):
+    """What a command line says of `name`, an integer from 1 on. ValueError: something else."""
+    number = args.get(name, otherwise)
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{name}={number} in its args")
+    return number
+
+
 def count(theirs, start):
     """How many layers or blocks there are whose keys go on with a number after `start`."""
     return 1 + max((int(key.removeprefix(start).split(".")[0])
@@ -74,36 +99,39 @@ def count(theirs, start):
 def swin_of(theirs):
     """Arguments of backbone_swin.Swin; a window of w x w cells has (2w - 1)^2 rows of bias."""
     stages = [f"backbone.0.body.layers.{stage}.blocks." for stage in range(4)]
-    tables = [theirs[f"{stage}0.attn.relative_position_bias_table"] for stage in stages]
-    return (len(theirs["backbone.0.body.patch_embed.proj.bias"]),
-            tuple(count(theirs, stage) for stage in stages),
-            tuple(table.shape[1] for table in tables), (round(len(tables[0]) ** 0.5) + 1) // 2,
-            config.Recipe().swin[-1])
+    (rows, *_), heads = zip(*(shape_of(theirs, f"{stage}0.attn.relative_position_bias_table", 2)
+                              for stage in stages))
+    return (*shape_of(theirs, "backbone.0.body.patch_embed.proj.bias", 1),
+            tuple(count(theirs, stage) for stage in stages), heads,
+            (round(rows ** 0.5) + 1) // 2, config.Recipe().swin[-1])
 
 
 def config_of(theirs, args):
     """The Config of a published state dict, all sizes read off its shapes.
 
     Two numbers no shape tells: the heads and, where no query is learned, the queries. `args`, their
-    command line as a dict, may hold them; else it is 8 and 300. KeyError: a tensor is missing.
+    command line as a dict, may hold them; else it is 8 and 300. KeyError, ValueError: what tells
+    a size is missing or odd, and is named. Sizes that no network can have raise other errors.
     """
     is_swin = any(key.startswith("backbone.0.body.patch_embed.") for key in theirs)
     sizes = {"swin": swin_of(theirs)} if is_swin else {}
     kind, queries = kind_of(theirs)
-    num_levels, d_model = theirs["transformer.level_embed"].shape
-    num_heads, layers = args.get("nheads", 8), "transformer.encoder.layers."
-    points = len(theirs[f"{layers}0.self_attn.attention_weights.bias"])
-    num_classes = len(theirs["class_embed.0.bias"])
-    num_labels = len(theirs.get("label_enc.weight", ()))        # 92 whatever the release trains
+    num_levels, d_model = shape_of(theirs, "transformer.level_embed", 2)
+    num_heads, layers = number_of(args, "nheads", 8), "transformer.encoder.layers."
+    [points] = shape_of(theirs, f"{layers}0.self_attn.attention_weights.bias", 1)
+    [d_ffn] = shape_of(theirs, f"{layers}0.linear1.bias", 1)
+    [num_classes] = shape_of(theirs, "class_embed.0.bias", 1)
+    num_labels = (shape_of(theirs, "label_enc.weight", 2)[0]    # 92 whatever the release trains
+                  if "label_enc.weight" in theirs else 0)
     has_labels = num_labels > 0 and (num_labels != 92 or num_classes == 91)
     return config.preset(
         "paper_swin_l" if is_swin else "paper_r50", model=kind, queries=queries, batch=2, **sizes,
         d_model=d_model, num_heads=num_heads, num_levels=num_levels,
-        num_points=points // (num_heads * num_levels), d_ffn=len(theirs[f"{layers}0.linear1.bias"]),
+        num_points=points // (num_heads * num_levels), d_ffn=d_ffn,
         encoder_layers=count(theirs, layers),
         decoder_layers=count(theirs, "transformer.decoder.layers."),
-        num_queries=(args.get("num_queries", 300) if queries == "two_stage_unmixed"
-                     else len(theirs["query_embed.weight"])),
+        num_queries=(number_of(args, "num_queries", 300) if queries == "two_stage_unmixed"
+                     else shape_of(theirs, "query_embed.weight", 2)[0]),
         num_classes=num_classes, dn_number=100 if has_labels else 0,
         detections=300 if kind == "dac_release" else 100)       # as each of the two was tested
 
@@ -116,16 +144,22 @@ def convert(content):
     Returns:
         config.Config, [{"id", "name"}], {our name: tensor}
     Raises:
-        ValueError: tensors are missing, left over, of another shape, or copies that differ
+        ValueError: what is no tensor, or tensors that are missing, left over, of another shape, or
+            copies that differ
     """
-    theirs, args = dict(content.get("model", content)), content.get("args", {})
+    theirs = {str(key): value for key, value in state_of(content).items()}
+    odd = [key for key, value in theirs.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise ValueError(f"{INCOMPLETE}: {len(odd)} no tensor ({', '.join(odd[:20])})")
     theirs.update({key: tensor.flatten() for key, tensor in theirs.items()
                    if key.endswith(".relative_position_index")})
+    args = content.get("args")                          # a Namespace, a dict, or nothing to be read
     try:
-        cfg = config_of(theirs, args if isinstance(args, dict) else vars(args))
+        cfg = config_of(theirs, args if isinstance(args, dict) else getattr(args, "__dict__", {}))
         with torch.device("meta"):                      # names and shapes, no memory, no numbers
             own = model.build(cfg).state_dict()
-    except (KeyError, ValueError) as error:
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
+            ) as error:                                 # of a network that cannot be
         raise ValueError(f"{INCOMPLETE}: {error} tells sizes, but is missing or odd") from error
     wanted = {their_name(name, cfg.recipe.decoder_layers): name for name in own}
     copies = {key: re.sub(COPIES, r"\1_embed.", key) for key in theirs if re.match(COPIES, key)}

@@ -24,8 +24,6 @@ VARIANTS = {
     "dfl_taq": "--model decoupled --queries task_aware",
     "sd_detr": "--model decoupled --queries task_aware --loss tal",
     "plain_tal": "--model deformable --loss tal",
-    "plain_warm_tal": "--model deformable --loss focal_then_tal",
-    "sd_detr_warm": "--model decoupled --queries task_aware --loss focal_then_tal",
     "split": "--model split",
     "dac_decoupled": "--model dac_decoupled",
 }

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 import torch
 
-from detr_min import checkpoints, config, model
+from detr_min import backbone, checkpoints, config, model
 
 TINY = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=2, num_queries=5,
             num_levels=3)
@@ -20,15 +20,30 @@ def saved(path, categories=CATEGORIES, **changes):
     return detector.eval()
 
 
-@pytest.mark.parametrize("name", list(model.DECODERS))
-def test_load_model_gives_the_same_detector_back(name, tmp_path):
-    detector = saved(tmp_path / "last.pt", model=name)
+@pytest.mark.parametrize("name, queries", [
+    *((name, "two_stage") for name in model.DECODERS), ("deformable_fixed", "learned"),
+    ("deformable", "two_stage_unmixed"), ("decoupled", "task_aware"), ("split", "task_aware")])
+def test_load_model_gives_the_same_detector_back(name, queries, tmp_path):
+    detector = saved(tmp_path / "last.pt", model=name, queries=queries)
     loaded = checkpoints.load_model(tmp_path)                # a run folder means its last.pt
     images = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     is_pad = torch.zeros(1, 64, 48, dtype=torch.bool)
     for ours, theirs in zip(loaded(images, is_pad).o_decoder, detector(images, is_pad).o_decoder):
         assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.boxes, theirs.boxes)
-    assert loaded.categories == CATEGORIES and loaded.config.model == name and not loaded.training
+    assert loaded.categories == CATEGORIES and not loaded.training
+    assert (loaded.config.model, loaded.config.queries) == (name, queries)
+
+
+def test_load_model_asks_for_no_weights_but_the_files(tmp_path, monkeypatch):
+    """Neither ImageNet's nor a network: a run with ResNet-50 loads on a machine that is offline."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("load_model asked for ImageNet's weights")
+
+    detector = saved(tmp_path / "last.pt", backbone="resnet50")
+    monkeypatch.setattr(backbone.ResNet50, "load_imagenet", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    loaded = checkpoints.load_model(tmp_path / "last.pt")
+    assert torch.equal(loaded.backbone.body.conv1.weight, detector.backbone.body.conv1.weight)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -73,23 +88,50 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_init_from_other_classes_leaves_the_class_heads_at_random(tmp_path):
-    trained = saved(tmp_path / "a.pt")
-    three = CATEGORIES + [{"id": 9, "name": "cow"}]
-    detector = model.build(config.preset("shapes", **TINY, num_classes=3))
-    left = checkpoints.init_from(detector, three, tmp_path / "a.pt")
-    assert left and all("class_head" in name for name in left)
-    for name, tensor in detector.state_dict().items():
-        if name not in left:
-            assert torch.equal(tensor, trained.state_dict()[name])
+HEADS = [f"decoder.class_heads.{i}.{kind}" for i in range(2) for kind in ("bias", "weight")]
+FIRST_HEAD = [f"queries.mini_detector.class_head.{kind}" for kind in ("bias", "weight")]
 
 
-def test_as_many_classes_under_other_names_are_other_classes(tmp_path):
+def started_from(path, categories, **changes):
+    """The state before and after init_from of a detector for `categories`, and what it returned."""
+    detector = model.build(config.preset("shapes", **{**TINY, **changes},
+                                         num_classes=len(categories)))
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    return before, detector.state_dict(), checkpoints.init_from(detector, categories, path)
+
+
+@pytest.mark.parametrize("names", [["hen"], ["hen", "tit"], ["dog", "cat"], ["cat", "dog", "cow"]])
+def test_init_from_other_classes_takes_all_but_what_knows_classes(names, tmp_path):
+    """Fewer, as many under other names, the same in another order, more: class heads and label
+    embeddings stay fresh, but for row 0 of the encoder's head, which means any object."""
+    trained = saved(tmp_path / "a.pt", dn_number=4).state_dict()
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    before, after, left = started_from(tmp_path / "a.pt", categories, dn_number=4)
+    in_part = [f"{name} but for row 0" for name in FIRST_HEAD] if len(names) > 1 else []
+    assert left == sorted([*HEADS, *in_part, "label_embed.weight"])
+    for name, tensor in after.items():
+        if name in FIRST_HEAD:
+            assert torch.equal(tensor[:1], trained[name][:1])
+            assert torch.equal(tensor[1:], before[name][1:])
+        else:
+            assert torch.equal(tensor, (before if name in left else trained)[name]), name
+
+
+def test_init_from_the_same_classes_takes_all(tmp_path):
+    trained = saved(tmp_path / "a.pt", dn_number=4).state_dict()
+    _, after, left = started_from(tmp_path / "a.pt", CATEGORIES, dn_number=4)
+    assert left == [] and all(torch.equal(after[name], trained[name]) for name in trained)
+
+
+def test_objectness_of_another_width_or_of_none_is_not_taken(tmp_path):
+    """Neither its weight nor its bias, which would fit but means nothing alone."""
     saved(tmp_path / "a.pt")
-    detector = model.build(config.preset("shapes", **TINY, num_classes=2))
-    birds = [{"id": 1, "name": "hen"}, {"id": 2, "name": "tit"}]
-    assert any("class_head" in n for n in checkpoints.init_from(detector, birds, tmp_path / "a.pt"))
-    assert checkpoints.init_from(detector, CATEGORIES, tmp_path / "a.pt") == []
+    saved(tmp_path / "learned.pt", queries="learned")
+    three = CATEGORIES + [{"id": 9, "name": "cow"}]
+    for path, changes in ((tmp_path / "a.pt", {"d_model": 64}), (tmp_path / "learned.pt", {})):
+        before, after, left = started_from(path, three, **changes)
+        assert {*FIRST_HEAD} < {*left}
+        assert all(torch.equal(before[name], after[name]) for name in FIRST_HEAD)
 
 
 def test_init_from_another_kind_of_network_is_refused(tmp_path):

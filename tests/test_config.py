@@ -34,6 +34,12 @@ def test_a_config_survives_being_stored():
     assert config.from_dict(dataclasses.asdict(cfg)) == cfg
 
 
+def test_a_stored_config_of_a_model_that_is_gone_is_refused():
+    values = dataclasses.asdict(config.preset("coco"))
+    with pytest.raises(ValueError, match="--model dino is none of deformable"):
+        config.from_dict({**values, "model": "dino"})
+
+
 def test_the_command_line_has_one_flag_a_field():
     cfg, given = config.parse("doc", ["--model", "deformable", "--lr", "2e-4", "--images", "50"])
     assert (cfg.model, cfg.lr, cfg.images, cfg.preset) == ("deformable", 2e-4, 50, "shapes")

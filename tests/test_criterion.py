@@ -69,7 +69,7 @@ def test_layer_loss_by_hand():
     assert_close(giou, f64(2 * .5)[0])                      # 1 - GIoU = 1 - .5
     cls, _, _ = criterion.layer_loss(predictions, pair, [target], TAL)
     t = .5 ** .25 * .5 ** .75                               # s = .5, u = .5: [SD Eq. 6] t = .5
-    assert_close(cls, f64(2 * (abs(t - .5) ** 2 + .25) * math.log(2))[0])
+    assert_close(cls, f64(8 * (abs(t - .5) ** 2 + .25) * math.log(2))[0])
 
 
 def rank_weight(i, object_of, quality):
@@ -107,7 +107,7 @@ def slow_layer_loss(predictions, assigned, targets, kind):
                 l1 += w * (predictions.boxes[b, i] - target.boxes[j]).abs().sum().item()
                 giou += w * (1 - boxes.giou(predictions.boxes[b, i, None],
                                             target.boxes[j, None]).item())
-    return f64((1 if kind == "align" else 2) * cls, 5 * l1, 2 * giou)
+    return f64({"focal": 2, "tal": 8, "align": 1}[kind] * cls, 5 * l1, 2 * giou)
 
 
 @pytest.mark.parametrize("kind", ["focal", "tal", "align"])

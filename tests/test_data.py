@@ -7,11 +7,13 @@ here prove nearly the same.
 import copy
 import itertools
 import json
+import math
 import os
 import pathlib
 import pickle
 import shutil
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -435,16 +437,38 @@ def test_flip_moves_boxes_with_the_picture():
 # ---------------------------------------------------------------- sizes
 
 @pytest.mark.parametrize(("size_px", "expected"), [
-    ((480, 640), (800, 1066)),       # short side 480 -> 800
-    ((300, 900), (444, 1333)),       # 800 would make the long side 2,400: long side 1333 instead
-    ((24, 480), (66, 1333)), ((8, 5), (1280, 800))])
+    ((480, 640), (800, 1066)),       # short side 480 -> 800, long side 1066.67, cut
+    ((8, 5), (1280, 800)),
+    ((360, 640), (750, 1333)),       # 800 would make the long side 1422: 749.8, rounded; 1333.3
+    ((640, 360), (1333, 750)),
+    ((200, 640), (417, 1334)),       # 416.6, rounded up: the long side passes 1333, as DETR's does
+    ((300, 900), (444, 1332)),       # 444.3, rounded down; 3 * 444
+    ((24, 480), (67, 1340)),         # 66.65; 20 * 67
+    ((800, 1333), (800, 1333))])
 def test_resize_worked_by_hand(size_px, expected):
+    """DETR's numbers: a bounded short side is rounded, the long side then cut."""
     picture = tv_tensors.Image(torch.zeros(3, *size_px, dtype=torch.uint8))
     assert data.resize(800, 1333)(picture).shape == (3, *expected)
 
 
-def test_resize_with_equal_sizes_bounds_the_long_side():
-    assert data.resize(128, 128)(tv_tensors.Image(torch.zeros(3, 40, 60))).shape == (3, 85, 128)
+@pytest.mark.parametrize("size, max_size", [(800, 1333), (600, 1000), (256, 427), (128, 128)])
+def test_resize_of_any_picture_in_fractions(size, max_size):
+    """Short side: round(min(size, max_size * short / long)); long side: its share, cut."""
+    for h, w in itertools.product(range(90, 700), (640, 500, 427, 333)):
+        ratio = Fraction(max(h, w), min(h, w))
+        short = round(min(size, max_size / ratio))
+        sides = short, math.floor(short * ratio)
+        expected = sides if h < w else sides[::-1]
+        assert data.resized_sides(h, w, size, max_size) == expected, (h, w)
+
+
+def test_resize_takes_boxes_along_and_leaves_a_pixel_of_the_thinnest():
+    picture, objects = blank(40, 60)
+    picture, objects = data.resize(128, 128)(picture, objects)
+    assert picture.shape == (3, 85, 127)                    # 85.3; 85 * 1.5 = 127.5
+    assert_close(objects["boxes"].as_subclass(torch.Tensor),
+                 torch.tensor([[1., 2., 9., 8.]]) * torch.tensor([127 / 60, 85 / 40]).repeat(2))
+    assert data.resize(60, 60)(tv_tensors.Image(torch.zeros(3, 1, 199))).shape == (3, 1, 199)
 
 
 def blank(h, w):
@@ -594,7 +618,7 @@ def test_every_edge_case_is_read_right():
         assert_close(ops.box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([w, h, w, h]),
                      torch.tensor(case["valid_boxes_xyxy"], dtype=torch.float32).reshape(-1, 4),
                      atol=1e-4, rtol=0)                              # pixels, from float32 [0, 1]
-        assert max(picture.shape[1:]) == 128 and picture.isfinite().all()
+        assert picture.shape[1:] == data.resized_sides(h, w, 128, 128) and picture.isfinite().all()
     with Image.open(root / "val" / "15_gray16.png") as stored:
         expected = np.asarray(stored).mean() / 257                   # clipped it would be above 240
     assert abs(to_pixels(ds[14][0]).mean() - expected) < 1

@@ -191,6 +191,18 @@ def test_matching_queries_know_nothing_of_the_denoising_ones(name, queries):
     assert first.o_decoder[0].boxes.shape == (2, 8, 4)
 
 
+@pytest.mark.parametrize("name, queries", MODELS)
+def test_no_copies_are_no_noise(name, queries):
+    """A batch without objects has no slot, E = 0: the answer is that of a call without noise."""
+    detector, (images, is_pad, targets) = detector_(name, queries), two_pictures()
+    noisy = denoising.noisy_copies([emptied(target) for target in targets], 3, seeded(), 4)
+    assert noisy.boxes.shape == (2, 0, 4)
+    with torch.no_grad():
+        plain, output = detector(images, is_pad), detector(images, is_pad, noisy)
+    for branch in ("o_decoder", "c_decoder", "proposals"):
+        assert_close(getattr(output, branch), getattr(plain, branch), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["dac", "dac_release", "decoupled"])
 def test_groups_are_independent(name):
     """Nudge a box of group 0: that group answers otherwise, group 1 does not, to the last bit."""
@@ -321,7 +333,7 @@ def test_presets():
     """100 in the papers' recipes, none in the small ones; learned points take none."""
     numbers = {name: config.preset(name).recipe.dn_number for name in config.PRESETS}
     assert numbers == {"shapes": 0, "coco": 0, "paper_r50": 100, "paper_swin_l": 100,
-                       "release": 100}
+                       "paper_r50_24": 100, "paper_swin_l_24": 100, "release": 100}
     for queries in ("learned", "task_aware"):
         assert config.preset("paper_r50", queries=queries).recipe.dn_number == 0
         with pytest.raises(ValueError, match=f"{queries} takes no denoising queries"):

@@ -11,17 +11,15 @@ from PIL import Image
 
 import eval as program
 import train
-from detr_min import checkpoints, runs, shapes
+from detr_min import checkpoints, coco_folder, config, model, runs, shapes
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two steps on shapes of 64 pixels, its table and its AP."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
+def two_steps(folder, *more):
+    """A run of two steps on shapes of 64 pixels, its folder and its table."""
     patch = pytest.MonkeyPatch()
     patch.setattr(runs, "NUM_VAL_SHAPES", 4)
     words = "train.py --images 4 --batch 2 --size 64 --steps 2 --device cpu --out"
-    patch.setattr(sys, "argv", [*words.split(), str(folder)])
+    patch.setattr(sys, "argv", [*words.split(), str(folder), *more])
     tables = []
     evaluate = train.evaluate.evaluate
     patch.setattr(train.evaluate, "evaluate", lambda *a, **k: tables.append(evaluate(*a, **k))
@@ -29,6 +27,19 @@ def run(tmp_path_factory):
     train.main()
     patch.undo()
     return folder, tables[1][1]         # of the validation at the last step; then comes train AP
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """DAC-DETR."""
+    return two_steps(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def sd_run(tmp_path_factory):
+    """SD-DETR's decoder and queries."""
+    return two_steps(tmp_path_factory.mktemp("runs") / "sd", "--model", "decoupled", "--queries",
+                     "task_aware")
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +53,10 @@ def photo(path, size=(90, 60), mode="RGB", seed=0):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
-def test_a_run_gives_its_own_table_again(run, capsys):
-    folder, table = run
+@pytest.mark.parametrize("which", ["run", "sd_run"])
+def test_a_run_gives_its_own_table_again(which, request, capsys):
+    folder, table = request.getfixturevalue(which)
+    capsys.readouterr()                                         # what the training printed
     program.main([str(folder), "--device", "cpu"])
     assert capsys.readouterr().out.strip() == table.strip()
 
@@ -108,11 +121,17 @@ def test_no_readable_photo_is_an_error(run, tmp_path):
         program.main([str(run[0]), "--photos", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
-def test_sampling_points_are_drawn(run, tmp_path):
+@pytest.mark.parametrize("which", ["run", "sd_run"])
+def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
     photo(tmp_path / "a.png")
-    program.main([str(run[0]), "--points", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out" / "a.png.points.png") as picture:
-        assert min(picture.size) > 200
+    program.main([str(request.getfixturevalue(which)[0]), "--points", str(tmp_path / "a.png"),
+                  "--photos", str(tmp_path / "a.png"), "--threshold", "0", "--top_k", "3",
+                  "--out", str(tmp_path / "out")])
+    for name in ("a.png.png", "a.png.points.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) >= 60
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(rows) == 3 and {row["label"] for row in rows} <= set(shapes.CLASSES)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -121,6 +140,18 @@ def test_mistakes_are_told_in_a_sentence(words, message, capsys):
     with pytest.raises((ValueError, OSError, SystemExit)) as stop:
         program.main(words)
     assert re.search(message, str(stop.value) + capsys.readouterr().err)
+
+
+def test_a_published_file_needs_to_be_told_its_data(tmp_path):
+    """It is no run on shapes, so its own validation set cannot be tested again."""
+    sizes = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=1,
+                 num_queries=5, backbone="convnet", num_classes=91)
+    cfg = config.preset("paper_r50", **sizes)               # as published.convert makes it
+    detector = model.build(cfg)
+    checkpoints.save(tmp_path / "released.pth", detector, torch.optim.SGD(detector.parameters()),
+                     cfg, coco_folder.all_ids(), {"step": 0})
+    with pytest.raises(ValueError, match="released.pth .*give --coco DIR or --photos FILE"):
+        program.main([str(tmp_path / "released.pth"), "--device", "cpu"])
 
 
 def test_the_answer_does_not_depend_on_the_unused_half(run):

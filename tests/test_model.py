@@ -1,4 +1,4 @@
-"""The detector as a whole: what torch makes of it when it is traced instead of run."""
+"""The detector as a whole: in half precision, and what torch makes of it when it is traced."""
 import pytest
 import torch
 from torch.testing import assert_close
@@ -33,6 +33,24 @@ def assert_same(found, wanted):
     for one, other in zip(found.o_decoder, wanted.o_decoder):
         assert_close(one.logits, other.logits, atol=1e-4, rtol=0)
         assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("queries", model.QUERIES)
+@pytest.mark.parametrize("name", model.DECODERS)
+@torch.no_grad()
+def test_bf16_is_near_full_precision(name, queries):
+    """Every pair, both decoders. Proposals differ by rounding; the N best of them may be others."""
+    detector, batch = a_detector(name, queries).train(), a_batch(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = detector(*batch)
+    full = detector(*batch)
+    assert len(half.c_decoder) == (2 if name.startswith("dac") else 0)
+    for layer in (*half.o_decoder, *half.c_decoder):
+        assert layer.logits.isfinite().all() and layer.boxes.isfinite().all()
+        assert layer.boxes.min() >= 0 and layer.boxes.max() <= 1
+        assert layer.boxes.dtype == torch.float32               # bf16: 1/256 of an image apart
+    one, other = (o.proposals or o.o_decoder[0] for o in (half, full))
+    assert_close(one.boxes.float(), other.boxes, atol=.02, rtol=0)
 
 
 @pytest.mark.parametrize("name, queries", VARIANTS)

@@ -150,9 +150,12 @@ def is_copy(key):
     return key.startswith("transformer.decoder.") and "_embed." in key
 
 
-@pytest.mark.parametrize("body, count, parameters", [
-    (resnet_50, 632, 47_739_225),
-    (lambda: swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12), 722, 218_076_109)])
+def swin_l():
+    return swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12)
+
+
+@pytest.mark.parametrize("body, count, parameters", [(resnet_50, 632, 47_739_225),
+                                                     (swin_l, 722, 218_076_109)])
 def test_the_table_has_the_releases_keys_and_parameters(body, count, parameters):
     """The counts that others found in the real files."""
     table = key_table("dac", body, 256, 2048, 900, 6)
@@ -160,6 +163,20 @@ def test_the_table_has_the_releases_keys_and_parameters(body, count, parameters)
     buffers = r"backbone.*(bn\d|downsample\.1)\.|relative_position_index"
     assert sum(torch.Size(shape).numel() for key, shape in table.items()
                if not is_copy(key) and not re.search(buffers, key)) == parameters
+
+
+@pytest.mark.parametrize("body, count, preset", [(resnet_50, 632, "paper_r50"),
+                                                 (swin_l, 722, "paper_swin_l")])
+def test_full_size_files_give_the_preset_and_leave_no_tensor_unused(body, count, preset):
+    """Every key but the 56 copies: 14 of class heads, 42 of box heads. Each number is one float,
+    seen in every place of its tensor, so no memory is needed; its address tells which it is."""
+    state = {key: torch.zeros(()).expand(shape)
+             for key, shape in key_table("dac", body, 256, 2048, 900, 6).items()}
+    cfg, names, ours = published.convert(state)
+    assert cfg == config.preset(preset, model="dac_release", num_classes=91, batch=2)
+    assert len(names) == 91 and len(ours) == len(state) - 56 == count - 56
+    theirs = {tensor.data_ptr() for key, tensor in state.items() if not is_copy(key)}
+    assert {tensor.data_ptr() for tensor in ours.values()} == theirs and len(theirs) == len(ours)
 
 
 # Every tensor has one place
@@ -214,6 +231,10 @@ PLACES = {                              # by hand: theirs, ours; same shapes tha
     "backbone.0.body.layers.1.blocks.1.norm2.bias": "backbone.stages.1.1.norm2.bias",
     "backbone.0.body.layers.2.blocks.0.mlp.fc1.weight": "backbone.stages.2.0.mlp.0.weight",
     "backbone.0.body.layers.2.blocks.0.mlp.fc2.bias": "backbone.stages.2.0.mlp.3.bias",
+    "backbone.0.body.layers.3.blocks.0.attn.qkv.weight": "backbone.stages.3.0.attn.qkv.weight",
+    "backbone.0.body.layers.3.blocks.1.attn.qkv.bias": "backbone.stages.3.1.attn.qkv.bias",
+    "backbone.0.body.layers.3.blocks.0.attn.proj.weight": "backbone.stages.3.0.attn.proj.weight",
+    "backbone.0.body.layers.3.blocks.1.attn.proj.bias": "backbone.stages.3.1.attn.proj.bias",
     "backbone.0.body.layers.0.downsample.norm.bias": "backbone.merges.0.norm.bias",
     "backbone.0.body.norm2.weight": "backbone.norms.1.weight",
     "input_proj.1.1.weight": "projections.levels.1.1.weight",
@@ -221,16 +242,28 @@ PLACES = {                              # by hand: theirs, ours; same shapes tha
     "transformer.encoder.layers.1.norm2.weight": "encoder.layers.1.norm_ffn.weight",
     "transformer.encoder.layers.0.self_attn.value_proj.bias":
         "encoder.layers.0.attn.value_proj.bias",
+    "transformer.encoder.layers.0.linear1.weight": "encoder.layers.0.ffn.0.weight",
+    "transformer.encoder.layers.1.linear1.bias": "encoder.layers.1.ffn.0.bias",
+    "transformer.encoder.layers.0.linear2.weight": "encoder.layers.0.ffn.2.weight",
+    "transformer.encoder.layers.1.linear2.bias": "encoder.layers.1.ffn.2.bias",
     "transformer.decoder.layers.1.norm1.weight": "decoder.layers.1.norm_cross.weight",
     "transformer.decoder.layers.1.norm2.weight": "decoder.layers.1.norm_self.weight",
     "transformer.decoder.layers.1.norm3.bias": "decoder.layers.1.norm_ffn.bias",
     "transformer.decoder.layers.0.linear1.bias": "decoder.layers.0.ffn.0.bias",
+    "transformer.decoder.layers.0.self_attn.in_proj_weight":
+        "decoder.layers.0.self_attn.in_proj_weight",
+    "transformer.decoder.layers.1.self_attn.in_proj_bias":
+        "decoder.layers.1.self_attn.in_proj_bias",
     "transformer.decoder.layers.0.self_attn.out_proj.weight":
         "decoder.layers.0.self_attn.out_proj.weight",
     "transformer.decoder.layers.0.cross_attn.output_proj.weight":
         "decoder.layers.0.cross_attn.output_proj.weight",
     "transformer.enc_output_norm.weight": "queries.mini_detector.norm.weight",
     "transformer.enc_output.weight": "queries.mini_detector.project.weight",
+    "transformer.pos_trans.weight": "queries.pos_project.weight",
+    "transformer.pos_trans.bias": "queries.pos_project.bias",
+    "transformer.pos_trans_norm.weight": "queries.pos_norm.weight",
+    "transformer.pos_trans_norm.bias": "queries.pos_norm.bias",
     "class_embed.2.weight": "queries.mini_detector.class_head.weight",          # after the last
     "class_embed.1.weight": "decoder.class_heads.1.weight",
     "bbox_embed.2.layers.1.weight": "queries.mini_detector.box_head.2.weight",
@@ -272,8 +305,7 @@ def test_queries_and_heads_that_no_shape_tells():
     "backbone.0.body.layers.0.blocks.0.attn.relative_position_bias_table",
     "backbone.0.body.layers.3.blocks.1.attn.relative_position_index",
     "transformer.decoder.class_embed.2.bias", "transformer.decoder.bbox_embed.0.layers.1.weight",
-    "transformer.pos_trans.weight", "transformer.encoder.layers.0.self_attn.attention_weights.bias"
-    ])
+    "transformer.encoder.layers.0.self_attn.attention_weights.bias"])
 def test_a_missing_key_is_refused_by_name(key):
     state = random_state(key_table("dac"))
     del state[key]
@@ -308,6 +340,61 @@ def test_a_wrong_shape_is_refused_by_name(key):
     state[key] = torch.cat([state[key], state[key]])
     with pytest.raises(ValueError, match=f"of another shape .*{re.escape(key)}"):
         published.convert(state)
+
+
+TABLE = "backbone.0.body.layers.0.blocks.0.attn.relative_position_bias_table"
+STRANGE = {             # what a file holds, given a good state dict; what the sentence says
+    "model None": (lambda good: {"model": None}, "not a checkpoint of this package; it holds mod"),
+    "model 5": (lambda good: {"model": 5}, "not a checkpoint of this package"),
+    "model str": (lambda good: {"model": "swin", "epoch": 3}, "package; it holds model, epoch"),
+    "model list": (lambda good: {"model": [*good]}, "not a checkpoint of this package"),
+    "model tensor": (lambda good: {"model": torch.ones(2)}, "not a checkpoint of this package"),
+    "list": (lambda good: [1, 2], "it holds list"),
+    "tensor": (lambda good: torch.ones(3), "it holds Tensor"),
+    "nothing": (lambda good: {}, "it holds nothing"),
+    "ours, model None": (lambda good: {**OURS, "model": None}, "lacks model: an incomplete"),
+    "ours, config None": (lambda good: {**OURS, "config": None}, "lacks config: an incomplete"),
+    "state None": (lambda good: {"model": {**good, "class_embed.0.weight": None}},
+                   "1 no tensor .class_embed.0.weight"),
+    "state number": (lambda good: {**good, "transformer.level_embed": 3.},
+                     "1 no tensor .transformer.level_embed"),
+    "state index": (lambda good: {**good, TABLE.replace("bias_table", "index"): 3.}, "1 no tensor"),
+    "key number": (lambda good: {**good, 7: torch.ones(2)}, "1 left over .7"),
+    "table 1-d": (lambda good: {**good, TABLE: torch.ones(25)}, re.escape(f"{TABLE} [25]")),
+    "bias 0-d": (lambda good: {**good, "class_embed.0.bias": torch.tensor(1.)},
+                 r"class_embed.0.bias \[\] tells sizes"),
+    "weight 0-d": (lambda good: {**good, "class_embed.1.weight": torch.tensor(1.)},
+                   r"of another shape .class_embed.1.weight \[\], not \[91, 32\]"),
+    "no levels": (lambda good: {**good, "transformer.level_embed": torch.ones(0, D)},
+                  "tells sizes, but is missing or odd"),
+    "heads None": (lambda good: {"model": good, "args": argparse.Namespace(nheads=None)},
+                   "nheads=None in its args"),
+    "heads 0": (lambda good: {"model": good, "args": {"nheads": 0}}, "nheads=0 in its args"),
+    "heads 7": (lambda good: {"model": good, "args": {"nheads": 7}}, "no complete checkpoint"),
+    "heads str": (lambda good: {"model": good, "args": {"nheads": "8"}}, "nheads=8 in its args"),
+}
+OURS = {"format": checkpoints.FORMAT, "config": {}, "categories": [], "model": {}, "optimizer": {},
+        "progress": {}}
+
+
+@pytest.mark.parametrize("program_part", ["load_model", "init_from"])
+@pytest.mark.parametrize("case", STRANGE)
+def test_strange_content_is_refused_in_a_sentence(case, program_part, tmp_path):
+    """A ValueError, which the programs print, and no traceback."""
+    content, sentence = STRANGE[case]
+    torch.save(content(random_state(key_table("dac"))), tmp_path / "some.pth")
+    with pytest.raises(ValueError, match=f"some.pth.*{sentence}"):
+        if program_part == "load_model":
+            checkpoints.load_model(tmp_path / "some.pth")
+        else:
+            checkpoints.init_from(model.build(config.preset("shapes")), [{"id": 1, "name": "cat"}],
+                                  tmp_path / "some.pth")
+
+
+@pytest.mark.parametrize("args", [None, "--nheads 4", 5])
+def test_a_command_line_of_another_kind_is_not_read(args):
+    state = random_state(key_table("dac"))
+    assert published.convert({"model": state, "args": args})[0].recipe.num_heads == 8
 
 
 def test_what_served_training_only_may_be_there_or_not():
@@ -364,8 +451,10 @@ def test_a_run_on_other_classes_starts_from_a_published_file(tmp_path):
     left = checkpoints.init_from(detector, cats, path)
     assert left == sorted(
         [f"decoder.class_heads.{i}.{kind}" for i in range(LAYERS) for kind in ("weight", "bias")]
-        + [f"queries.mini_detector.class_head.{kind}" for kind in ("weight", "bias")]
+        + [f"queries.mini_detector.class_head.{kind} but for row 0" for kind in ("weight", "bias")]
         + ["label_embed.weight"])
+    assert torch.equal(detector.queries.mini_detector.class_head.weight[0],
+                       state[f"class_embed.{LAYERS}.weight"][0])
     assert torch.equal(detector.queries.content[0], state["query_embed.weight"])
     own_names = coco_folder.all_ids()
     detector = model.build(config.preset("paper_swin_l", **{**changes, "num_classes": 91}))
@@ -391,6 +480,9 @@ def test_a_swin_backbone_starts_from_the_swin_repositorys_imagenet_file(tmp_path
                        backbone["layers.1.blocks.0.mlp.fc2.bias"])
     with pytest.raises(ValueError, match="not a checkpoint of this package"):
         checkpoints.load_model(tmp_path / "swin.pth")
+    torch.save({"model": {key: 3. for key in backbone}}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="not a checkpoint of this package"):
+        checkpoints.init_from(detector, [{"id": 1, "name": "cat"}], tmp_path / "numbers.pth")
 
 
 # Classes

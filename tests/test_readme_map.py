@@ -40,8 +40,22 @@ def test_files_and_flags_that_the_readme_names_exist():
             ROOT / "tests" / name).exists(), name
     flags = set(re.findall(r"--(\w+)", README))
     known = (ROOT / "detr_min" / "config.py").read_text() + (ROOT / "eval.py").read_text()
+    known += (ROOT / "exercises" / "grading" / "mine.py").read_text()
     for flag in flags - {"nproc_per_node", "help"}:
         assert re.search(rf"\b{flag}\b", known), f"--{flag}"
+
+
+def test_names_of_the_package_that_the_readme_mentions_exist():
+    """`module.name`, `module.Class.method`, also as a call; `module.py` and .json are files."""
+    modules, seen = {path.stem for path in (ROOT / "detr_min").glob("*.py")}, 0
+    for module, names in re.findall(r"`(?:detr_min\.)?(\w+)\.(\w+(?:\.\w+)*)[`(]", README):
+        if module not in modules or names in ("py", "json"):
+            continue
+        found, seen = importlib.import_module(f"detr_min.{module}"), seen + 1
+        for name in names.split("."):
+            assert hasattr(found, name), f"README names {module}.{names}, which does not exist"
+            found = getattr(found, name)
+    assert seen > 15
 
 
 def test_the_reading_order_names_only_files_in_import_order():

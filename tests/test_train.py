@@ -102,7 +102,8 @@ def test_each_part_of_sd_detr_resumes_bit_for_bit(words, monkeypatch, tmp_path):
     assert stop.value.code == 0
     run(monkeypatch, "--resume", tmp_path / "paused")
     assert log_of(tmp_path / "paused") == log_of(tmp_path / "straight")
-    assert_same_weights(weights(tmp_path / "paused"), weights(tmp_path / "straight"), rtol=0, atol=0)
+    paused, straight = weights(tmp_path / "paused"), weights(tmp_path / "straight")
+    assert_same_weights(paused, straight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", ["dac_release", "deformable"])
@@ -131,6 +132,12 @@ def test_denoising_is_a_function_of_seed_and_step(model, monkeypatch, tmp_path):
     assert line["O_denoising"]["pairs"] > line["objects"] == line["O"]["pairs"]
 
 
+def a_batch():
+    """One image of 64 pixels with two objects, as the loader gives it."""
+    target = train.data.Target(torch.tensor([0, 2]), torch.full((2, 4), .4), 0, (64, 64))
+    return torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool), [target]
+
+
 def test_noise_differs_between_steps_and_processes(monkeypatch):
     """losses_of draws from (seed, step, rank); what it passes on is what the model gets."""
     seen = []
@@ -143,15 +150,61 @@ def test_noise_differs_between_steps_and_processes(monkeypatch):
             seen.append(noisy.boxes)
             raise Stop
 
-    target = train.data.Target(torch.tensor([0, 2]), torch.full((2, 4), .4), 0, (64, 64))
-    batch = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool), [target]
     for seed, step, rank in ((0, 1, 0), (0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)):
         monkeypatch.setattr(train, "RANK", rank)
         cfg = train.config.preset("shapes", seed=seed, dn_number=6)
         with pytest.raises(Stop):
-            train.losses_of(Runner(1, 1), batch, cfg, step, 2.)
+            train.losses_of(Runner(1, 1), a_batch(), cfg, step, 2.)
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (1, 12, 4)
     assert all(not torch.equal(seen[0], other) for other in seen[2:])
+
+
+@pytest.mark.parametrize("model, rule", [("dac", "one_to_many"), ("dac_decoupled", "one_to_many"),
+                                         ("dac_release", "one_to_many_release")])
+def test_the_c_decoder_is_assigned_by_the_rule_of_its_model(model, rule, monkeypatch, tmp_path):
+    """A step of training: the paper's rule, and the release's for dac_release alone."""
+    matcher, called = train.criterion.matcher, set()
+    for name in ("one_to_many", "one_to_many_release"):
+        monkeypatch.setattr(matcher, name, lambda quality, name=name, pair=getattr(matcher, name):
+                            called.add(name) or pair(quality))
+    run(monkeypatch, *SMALL, "--steps", 1, "--model", model, "--out", tmp_path / "run")
+    assert called == {rule}
+
+
+@pytest.mark.parametrize("loss", ["focal", "tal", "align"])
+def test_the_class_loss_is_the_flags(loss, monkeypatch):
+    used = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(output, targets, num_objects, class_loss, assign_c):
+        used.append(class_loss)
+        raise Stop
+
+    monkeypatch.setattr(train.criterion, "detection_loss", stop)
+    cfg = train.config.preset("shapes", loss=loss, steps=100)
+    runner = train.runs.model.build(cfg)
+    with pytest.raises(Stop):
+        train.losses_of(runner, a_batch(), cfg, 1, 2.)
+    assert used == [train.criterion.CLASS_LOSSES[loss]]
+
+
+def test_bf16_trains(monkeypatch, tmp_path):
+    """Both decoders and denoising queries in half precision: finite losses, weights in fp32."""
+    monkeypatch.setitem(train.config.PRESETS["shapes"], "dn_number", 40)
+    heads = []
+    forward = train.runs.model.Detector.forward
+    monkeypatch.setattr(train.runs.model.Detector, "forward", lambda self, *batch: heads.append(
+        forward(self, *batch)) or heads[-1])
+    run(monkeypatch, *SMALL, "--steps", 2, "--precision", "bf16", "--out", tmp_path / "run")
+    assert heads[0].o_decoder[0].logits.dtype == torch.bfloat16
+    losses = [loss for _, loss, val in log_of(tmp_path / "run") if not val]
+    assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all(), name
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert line["C_denoising"]["l1"] > 0
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, tmp_path, capsys):
