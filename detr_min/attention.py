@@ -209,8 +209,9 @@ def neighbours(position, size):
         twice: cell, int32, kept on the map; share, with gradient
     """
     low = position.detach().floor().nan_to_num()
-    for cell, share in ((low, 1 - (position - low)), (low + 1, position - low)):
-        kept = cell.clamp(min=0).minimum(size - 1)
+    beyond, last = position - low, size - 1
+    for cell, share in ((low, 1 - beyond), (low + 1, beyond)):
+        kept = cell.clamp(min=0).minimum(last)
         yield kept.int(), share * (kept == cell)
 
 
@@ -221,18 +222,17 @@ def by_rows(value, spatial_shapes, locations, weights):
     """
     check_shapes(value, spatial_shapes)
     (B, S, H, d), (N, K) = value.shape, locations.shape[1:5:3]
-    size = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.int32)
-    size = size.repeat_interleave(K, 0)                                                   # (L*K, 2)
-    first = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]], dtype=torch.int32)
-    first = first.cumsum(0, dtype=torch.int32).repeat_interleave(K)                         # (L*K,)
-    first = first + torch.arange(B, dtype=torch.int32).view(B, 1, 1, 1) * S        # of each image
-    sides = [(*cell.unbind(-1), *share.unbind(-1)) for cell, share in
+    size = locations.new_tensor([(w, h) for h, w in spatial_shapes]).repeat_interleave(K, 0)
+    sides = [(*(cell * H).unbind(-1), *share.unbind(-1)) for cell, share in
              neighbours(locations.flatten(3, 4) * size - 0.5, size)]               # (B, N, H, L*K)
-    head, rows, shares = torch.arange(H, dtype=torch.int32)[:, None], [], []
+    first = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]]).cumsum(0)             # (L,)
+    first = first.repeat_interleave(K) + S * torch.arange(B).view(B, 1, 1, 1)      # of each image
+    first = (first * H + torch.arange(H)[:, None]).int()        # rows: cell by cell, head by head
+    width, rows, shares = size[:, 0].int(), [], []
     for _, y, _, share_y in sides:
-        start, share_y = first + y * size[:, 0], share_y * weights.flatten(3)
+        start, share_y = first + y * width, share_y * weights.flatten(3)
         for x, _, share_x, _ in sides:
-            rows.append((start + x) * H + head)
+            rows.append(start + x)
             shares.append(share_y * share_x)
     rows, shares = (torch.cat(t, dim=-1).view(B * N * H, -1) for t in (rows, shares))  # 4*L*K each
     return GatherSum.apply(value.reshape(-1, d), rows, shares).view(B, N, H * d)
