@@ -23,9 +23,9 @@ class DecoderLayer:
             "return what one self-attention over the tokens of both tasks makes of them")
 
     def gather(self, queries, query_pos, ref_boxes, memory):
-        """Each query reads the image on its own, where its task wants. (B, N, D) -> (B, N, D)
+        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)
 
-        [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
+        [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """
         raise NotImplementedError(
             "exercise 7, decoder_decoupled.DecoderLayer.gather: "
