@@ -126,6 +126,9 @@ def main():
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--file", help="of write")
     args = parser.parse_args()
+    known = BODIES if args.what in ("load", "write") else config.PRESETS
+    if args.which not in known:
+        parser.error(f"{args.what} {args.which}: there are {', '.join(known)}")
     if args.what == "write":
         write(args.which, args.file)
     else:

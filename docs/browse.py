@@ -14,10 +14,14 @@ import inspect
 import pathlib
 import re
 import shutil
+import sys
 
-import markdown
-import pycco
-import pycco_resources
+try:
+    import markdown
+    import pycco
+    import pycco_resources
+except ModuleNotFoundError as missing:
+    sys.exit(f"docs/browse.py: {missing.name} is missing: pip install pycco")
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "detr_min"
