@@ -9,6 +9,7 @@
 Weights are random, files have the release's keys. Each line is of a process of its own.
 """
 import argparse
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -20,13 +21,12 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
 import test_published as layout  # noqa: E402
-from benchmarks import clock, memory  # noqa: E402
-from detr_min import checkpoints, config, criterion, data, denoising, evaluate  # noqa: E402
-from detr_min import model, optim  # noqa: E402
+from benchmarks import cases, clock, memory  # noqa: E402
+from detr_min import checkpoints, config, evaluate  # noqa: E402
 
 BODIES = {"r50": layout.resnet_50,
           "swin_l": lambda: layout.swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12)}
-OBJECTS, REPEATS = 7, 3             # COCO's mean of objects in an image
+REPEATS = 3
 
 
 def peak(device):
@@ -59,58 +59,39 @@ def load(body, args, device):
           f"{done - start:.1f} s, peak {peak(device):.2f} GiB")
 
 
-def make(preset, device):
-    """A detector of a preset with random weights, and its Config."""
-    cfg = config.preset(preset, num_classes=91, steps=10, loss="align")
-    torch.manual_seed(0)
-    return model.build(cfg).to(device), cfg
+def case_of(preset, args):
+    """A preset with the authors' loss, at the size, batch and precision asked for."""
+    cfg = config.preset(preset, num_classes=91, loss="align", batch=args.batch)
+    cfg = dataclasses.replace(cfg, precision=args.precision)
+    return cases.ModelCase(cfg, args.height, args.width)
 
 
-def images_of(args, device):
-    """A batch of noise without padding: images, is_pad."""
-    size = args.batch, args.height, args.width
-    return (torch.randn(args.batch, 3, *size[1:], device=device),
-            torch.zeros(size, dtype=torch.bool, device=device))
+def report(preset, args, seconds, device):
+    """The fastest of a few rounds, after one that warms up."""
+    best = min(seconds[1:])
+    print(f"{preset} {args.precision} {args.batch} x {args.height} x {args.width}: {best:.2f} s, "
+          f"{args.batch / best:.2f} images/s, peak {peak(device):.2f} GiB")
 
 
 @torch.no_grad()
 def detect(preset, args, device):
-    """Images a second of the forward pass."""
-    detector, _ = make(preset, device)
-    images, is_pad = images_of(args, device)
-    seconds = []
-    for _ in range(1 + REPEATS):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            seconds.append(clock.once(lambda: detector.eval()(images, is_pad), 1, device).wall)
-    print(f"{preset} {args.precision} {tuple(images.shape)}: "
-          f"{args.batch / min(seconds[1:]):.2f} images/s, peak {peak(device):.2f} GiB")
+    """The forward pass alone."""
+    case = case_of(preset, args)
+    detector = cases.build_ours(case).to(device).eval()
+    images, is_pad = (t.to(device) for t in cases.batch_of(case)[:2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        seconds = [clock.once(lambda: detector(images, is_pad), 1, device).wall
+                   for _ in range(1 + REPEATS)]
+    report(preset, args, seconds, device)
 
 
 def step(preset, args, device):
-    """Seconds of training steps: denoising queries, both decoders, Align loss, AdamW."""
-    detector, cfg = make(preset, device)
-    optimizer = optim.make_optimizer(detector.train(), cfg)
-    images, is_pad = images_of(args, device)
-    targets = [data.Target(torch.randint(91, (OBJECTS,), device=device),
-                           torch.rand(OBJECTS, 4, device=device) * 0.3 + 0.3, i,
-                           (args.height, args.width)) for i in range(args.batch)]
-    assign_c = criterion.C_ASSIGNMENTS.get(cfg.model, criterion.paper_assignment)
-
-    def once(number):
-        noisy = denoising.noisy_copies(targets, 91, data.generator(0, number, 0),
-                                       cfg.recipe.dn_number)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            output = detector(images, is_pad, noisy)
-        parts = criterion.detection_loss(output, targets, float(OBJECTS * args.batch),
-                                         criterion.CLASS_LOSSES[cfg.loss], assign_c)
-        optimizer.zero_grad()
-        criterion.total(parts).backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), cfg.recipe.clip)
-        optimizer.step()
-
-    seconds = [clock.once(lambda n=n: once(n), 1, device).wall for n in range(1 + REPEATS)]
-    print(f"{preset} {args.precision} {tuple(images.shape)}: {min(seconds[1:]):.2f} s a step, "
-          f"{args.batch / min(seconds[1:]):.2f} images/s, peak {peak(device):.2f} GiB")
+    """A training step: denoising queries, both decoders, Align loss, AdamW."""
+    case = case_of(preset, args)
+    run, batch = cases.step_of(case, cases.build_ours(case).to(device), True), cases.batch_of(case)
+    seconds = [clock.once(lambda n=n: run(batch, n), 1, device).wall
+               for n in range(1, 2 + REPEATS)]
+    report(preset, args, seconds, device)
 
 
 def main():

@@ -204,7 +204,7 @@ def about(args):
     """What the numbers hang on."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if args.against == "transformers":
-        versions["transformers"] = theirs.library().__version__
+        versions["transformers"] = theirs.transformers().__version__
     place = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     return {"device": args.device, "place": place, **versions, "repeats": args.repeats}
 

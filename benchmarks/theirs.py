@@ -39,7 +39,7 @@ def is_there():
     return importlib.util.find_spec("transformers") is not None
 
 
-def library():
+def transformers():
     """The module transformers.
 
     Raises:
@@ -82,7 +82,7 @@ def build(cfg, body):
     Raises:
         ValueError: they have no such model, or transformers is missing
     """
-    lib, r = library(), cfg.recipe
+    lib, r = transformers(), cfg.recipe
     if (cfg.queries not in ("learned", "two_stage_unmixed")
             or cfg.model not in ("deformable", "deformable_fixed")):
         raise ValueError(f"transformers has no model {cfg.model} with queries {cfg.queries}")
