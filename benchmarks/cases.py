@@ -11,7 +11,9 @@ from torch import nn
 
 import train
 from benchmarks import theirs
-from detr_min import attention, config, criterion, data, encoder, model, optim
+from detr_min import attention, criterion, encoder
+from detr_min.data import batches, dataset, transforms
+from detr_min.run import config, optim, registry
 
 CLOSE = 1e-3            # most that two answers may differ, in logits or in shares of the image
 
@@ -109,8 +111,8 @@ def batch_of(case):
     """images, is_pad, targets: shapes as a run reads them, or noise with seven objects an image."""
     cfg = case.cfg
     if cfg.backbone == "convnet":
-        shapes = data.open_shapes("train", data.flip_only(), cfg.batch, cfg.size, cfg.seed)
-        return data.collate([shapes[i] for i in range(cfg.batch)])
+        shapes = dataset.open_shapes("train", transforms.flip_only(), cfg.batch, cfg.size, cfg.seed)
+        return batches.collate([shapes[i] for i in range(cfg.batch)])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(cfg.batch, 3, case.h, case.w, generator=generator)
     targets = []
@@ -119,14 +121,14 @@ def batch_of(case):
         found[:, 2:] = 0.05 + 0.45 * found[:, 2:]
         found[:, :2] = found[:, 2:] / 2 + found[:, :2] * (1 - found[:, 2:])         # on the image
         labels = torch.randint(cfg.recipe.num_classes, (7,), generator=generator)
-        targets.append(data.Target(labels, found, i, (case.h, case.w)))
+        targets.append(dataset.Target(labels, found, i, (case.h, case.w)))
     return images, torch.zeros(cfg.batch, case.h, case.w, dtype=torch.bool), targets
 
 
 def build_ours(case):
     """Our detector, from seed 0."""
     torch.manual_seed(0)
-    return model.build(case.cfg)
+    return registry.build(case.cfg)
 
 
 def build_theirs(case, body):

@@ -20,7 +20,8 @@ import time
 import torch
 
 from benchmarks import cases, clock, speed, theirs
-from detr_min import config, data, evaluate, model, optim, runs
+from detr_min.data import batches
+from detr_min.run import config, evaluate, optim, registry, sets
 
 SIDES = {                       # the library, and the model and queries of its Config
     "ours_deformable": ("ours", "deformable", "two_stage"),
@@ -38,9 +39,9 @@ def build(side, base):
     cfg = dataclasses.replace(base, model=name, queries=queries)
     torch.manual_seed(cfg.seed)
     if library == "ours":
-        net = model.build(cfg).train()
+        net = registry.build(cfg).train()
         return cfg, net, cases.our_loss(net, cfg), net
-    ours = model.build(cfg)
+    ours = registry.build(cfg)
     net = theirs.build(cfg, ours.backbone).train()
     if side == "theirs_from_ours":
         net = theirs.fill(theirs.untie(net), ours)
@@ -54,10 +55,10 @@ def stretches(cfg, net, loss, every):
         step, mean loss since the last stop, and since the start: seconds, CPU-seconds, and of these
         CPU-seconds those spent on reading images. What the caller does meanwhile is not counted.
     """
-    train_set, _ = runs.open_train(cfg)
-    order = data.batches(len(train_set), cfg.batch, cfg.seed, 0, cfg.steps)
+    train_set, _ = sets.open_train(cfg)
+    order = batches.batches(len(train_set), cfg.batch, cfg.seed, 0, cfg.steps)
     loader = iter(torch.utils.data.DataLoader(train_set, batch_sampler=order,
-                                              collate_fn=data.collate))
+                                              collate_fn=batches.collate))
     optimizer = optim.make_optimizer(net, cfg)
     device, losses, spent = next(net.parameters()).device, [], [0.0, 0.0, 0.0]
 
@@ -90,7 +91,7 @@ def learn(side, base, args):
     """
     cfg, net, loss, tested = build(side, base)
     net.to(args.device)
-    val_set, curve = runs.open_val(cfg, [{"name": c} for c in data.shapes.CLASSES]), []
+    val_set, curve = sets.open_val(cfg, [{"name": c} for c in data.shapes.CLASSES]), []
     for step, mean, wall, cpu, reading in stretches(cfg, net, loss, args.every):
         metrics, _ = evaluate.evaluate(tested, val_set, cfg.batch)
         curve.append({"step": step, "loss": mean, "AP": metrics["AP"], "AP50": metrics["AP50"],

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
 import test_published as layout  # noqa: E402
 from benchmarks import cases, clock, memory  # noqa: E402
-from detr_min import checkpoints, config, evaluate  # noqa: E402
+from detr_min.run import checkpoints, config, evaluate  # noqa: E402
 
 BODIES = {"r50": layout.resnet_50,
           "swin_l": lambda: layout.swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12)}

@@ -1,13 +1,19 @@
-"""detr_min: DAC-DETR and Decoupled DETR, one concept a file, read beside the papers.
+"""DAC-DETR and Decoupled DETR (SD-DETR), one concept a file, read beside the papers.
 
-Read in this order; a file imports only from files above it:
+The papers are the files of this folder. Read them in this order; a file imports only from files
+above it:
 
-    boxes  attention  position  backbone  backbone_swin  encoder  proposals  query_gen
-    denoising  decoder_base  decoder_dac  decoder_release  decoder_decoupled
-    matcher  tal_loss  align_loss  criterion  model
-    shapes  coco_folder  data  evaluate  draw  config  optim  published  checkpoints  runs
+    boxes  attention  backbone  encoder  proposals  query_gen
+    decoder_base  decoder_dac  decoder_decoupled_deformable
+    matcher  tal_loss  criterion  model
 
-Shapes use these letters, and no others:
+The folders may be skipped for the papers: `release` is what the authors' code adds, `data` serves
+pictures and boxes, `run` trains, tests, saves and loads. To use a trained detector elsewhere:
+
+    detector = detr_min.load("runs/dac_shapes")             # or a published .pth
+    found = detector.detect("photo.jpg", threshold=0.4)     # {"boxes", "labels", "scores", "names"}
+
+Shapes use these letters:
 
     B  images                    N  queries             M  objects in an image    C  classes
     D  width of the model        H  attention heads     L  feature levels         K  sampling points
@@ -17,3 +23,18 @@ Shapes use these letters, and no others:
 Boxes are cxcywh in [0, 1] of the image unless a suffix says otherwise (`_xyxy`, `_px`). In masks
 called `is_pad`, True means padding.
 """
+
+
+def load(path, device="auto"):
+    """Load a trained detector that finds objects in pictures.
+
+    Args:
+        path    a run folder of train.py, a .pt file of one, or a published .pth
+        device  auto | cpu | cuda | mps
+    Returns:
+        run.predictor.Predictor
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, or is no checkpoint that fits
+    """
+    from .run import predictor              # here, so that `import detr_min` loads no torch
+    return predictor.Predictor(path, device)

@@ -1,12 +1,11 @@
 """Multi-scale deformable attention: each query reads a few points of each feature level.
 
-[Deformable DETR Eq. 2-3], the attention of both papers' decoders. `deformable_attention` is the
-arithmetic, `DeformableAttention` the module that decides where to look; from `ms_deform_attn` on
-the same numbers come sooner on a CPU, and can be skipped. Read `boxes.py` before, `position.py`
-after.
+[Deformable DETR Eq. 2-3]. `deformable_attention` is the arithmetic, `DeformableAttention` the
+module that decides where to look. Everything from `ms_deform_attn` on computes the same numbers
+faster on a CPU; skip it on a first reading. Read `boxes.py` before and `backbone.py` after.
 
-The file needs torch and nothing else: copied into another project, `ms_deform_attn` takes the place
-of the function that Deformable-DETR, mmcv and transformers share.
+The file needs torch and nothing else. Copied into another project, `ms_deform_attn` replaces the
+function that Deformable-DETR, mmcv and transformers share.
 """
 import math
 import warnings
@@ -25,6 +24,7 @@ class Memory(NamedTuple):
     is_pad: torch.Tensor                        # (B, S)     True = padding, holds nothing
     spatial_shapes: list[tuple[int, int]]       # [(h, w)] of each of the L levels, python ints
     valid_ratios: torch.Tensor                  # (B, L, 2)  (x, y) share of a level that is image
+    pos: torch.Tensor | None = None             # (B, S, D)  where each cell is; not read here
 
 
 def deformable_attention(value, spatial_shapes, locations, weights):
@@ -141,66 +141,62 @@ class DeformableAttention(nn.Module):
         return self.output_proj(out)
 
 
+# ---- the same numbers, faster on a CPU: skip this on a first reading ----
+
 def ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights):
-    """`deformable_attention` in its fastest form, with the arguments all projects give it.
+    """Compute `deformable_attention` in its fastest form, with the arguments other projects use.
+
+    On a CPU in float32 that is `by_rows`; elsewhere, and while torch.compile or torch.export trace,
+    it is `deformable_attention` itself. Deformable-DETR calls this function
+    ms_deform_attn_core_pytorch, mmcv multi_scale_deformable_attn_pytorch.
 
     Args, Returns and Raises as there; value_spatial_shapes may also be a tensor (L, 2) of (h, w).
-    Deformable-DETR calls it ms_deform_attn_core_pytorch, mmcv multi_scale_deformable_attn_pytorch.
     """
     shapes = value_spatial_shapes
     if isinstance(shapes, torch.Tensor):
         shapes = [(h, w) for h, w in shapes.tolist()]
-    attend = by_rows if rows_are_faster(value) else deformable_attention
+    rows_are_faster = (value.device.type == "cpu" and value.dtype == torch.float32
+                       and not torch.compiler.is_compiling())
+    attend = by_rows if rows_are_faster else deformable_attention
     return attend(value, shapes, sampling_locations, attention_weights)
 
 
-def rows_are_faster(value):
-    """`by_rows` wants a CPU and float32; tracing wants the plain form."""
-    return (value.device.type == "cpu" and value.dtype == torch.float32
-            and not torch.compiler.is_compiling())
+def by_rows(value, spatial_shapes, locations, weights):
+    """Compute `deformable_attention` as one weighted sum over rows of `value`.
 
+    A sampling point reads four cells, so a query and head read T = 4*L*K rows of the table that
+    `value` becomes, (B*S*H, D/H), each times bilinear share times attention weight.
 
-class GatherSum(torch.autograd.Function):
-    """out[m] = sum_t share[m, t] * table[row[m, t]]: (R, d), (M, T) int32, (M, T) -> (M, d)
-
-    The same as F.embedding_bag, whose own backward is slow: here the gradient of the shares is a
-    sampled matrix product, and that of the table the same gather the other way, rows sorted.
+    Arguments, result and errors as there.
     """
+    check_shapes(value, spatial_shapes)
+    B, S, H, d = value.shape
+    _, N, _, L, K, _ = locations.shape
+    size = locations.new_tensor([(w, h) for h, w in spatial_shapes])                    # (L, 2)
+    size = size.repeat_interleave(K, dim=0)                                             # (L*K, 2)
+    in_cells = locations.flatten(3, 4) * size - 0.5     # (B, N, H, L*K, 2), 0 = the first's centre
+    weights = weights.flatten(3)                                                # (B, N, H, L*K)
 
-    @staticmethod
-    def forward(ctx, table, row, share):
-        ctx.save_for_backward(table, row, share)
-        return F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
+    level_start = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]]).cumsum(0)     # (L,)
+    image_start = S * torch.arange(B).view(B, 1, 1, 1)                               # (B, 1, 1, 1)
+    start = (level_start.repeat_interleave(K) + image_start) * H + torch.arange(H)[:, None]
+    start = start.int()                                 # (B, 1, H, L*K)  row of cell (0, 0), head h
+    row_length = H * size[:, 0].int()                   # (L*K,)  table rows in a row of cells
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        table, row, share = ctx.saved_tensors
-        (M, T), R, grad = row.shape, len(table), grad.contiguous()
-        padded = table if T <= R else F.pad(table, (0, 0, 0, T - R))    # torch: entries <= columns
-        ends = torch.arange(0, M * T + 1, T, dtype=torch.int32)
-        pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
-                                          check_invariants=False)
-        grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
-        pieces = 4 if M * T > 8 * R else 1          # four short sorts take less than a long one
-        grad_table, *rest = (scatter_sum(grad, r, s, R) for r, s in zip(
-            row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
-        for part in rest:
-            grad_table += part
-        return grad_table, None, grad_share.view(M, T)
-
-
-def scatter_sum(grad, row, share, R):
-    """table[row[m, t]] += share[m, t] * grad[m], sorted by row: (M, d), (M, T), (M, T) -> (R, d)"""
-    T, row = row.shape[1], row.flatten()
-    order = row.sort().indices                          # entries of row 0 first, then of row 1, ...
-    ends = F.pad(row.bincount(minlength=R).cumsum(0), (1, 0))
-    return F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
-                           per_sample_weights=share.flatten().index_select(0, order))
+    columns = list(neighbours(in_cells[..., 0], size[:, 0]))                    # (B, N, H, L*K)
+    rows, shares = [], []
+    for cell_y, share_y in neighbours(in_cells[..., 1], size[:, 1]):
+        line_start, line_share = start + cell_y * row_length, share_y * weights
+        for cell_x, share_x in columns:
+            rows.append(line_start + cell_x * H)
+            shares.append(line_share * share_x)
+    rows = torch.cat(rows, dim=-1).view(B * N * H, 4 * L * K)
+    shares = torch.cat(shares, dim=-1).view(B * N * H, 4 * L * K)
+    return GatherSum.apply(value.reshape(B * S * H, d), rows, shares).view(B, N, H * d)
 
 
 def neighbours(position, size):
-    """The two cells beside a position on an axis, and the share of each: 0 beyond the map.
+    """Find the two cells beside a position on an axis, and the share of each: 0 beyond the map.
 
     Args:
         position  in cells, 0 = the centre of the first
@@ -215,24 +211,45 @@ def neighbours(position, size):
         yield kept.int(), share * (kept == cell)
 
 
-def by_rows(value, spatial_shapes, locations, weights):
-    """`deformable_attention` as one sum over rows of value: a query reads 4 cells for each point.
+class GatherSum(torch.autograd.Function):
+    """out[m] = sum_t share[m, t] * table[row[m, t]]: (R, d), (M, T) int32, (M, T) -> (M, d)
 
-    Arguments, result and errors as there.
+    F.embedding_bag computes the same, but its own backward is slow. Here the gradient of the shares
+    is a sampled matrix product, and that of the table is the same weighted sum the other way round.
     """
-    check_shapes(value, spatial_shapes)
-    (B, S, H, d), (N, K) = value.shape, locations.shape[1:5:3]
-    size = locations.new_tensor([(w, h) for h, w in spatial_shapes]).repeat_interleave(K, 0)
-    sides = [(*(cell * H).unbind(-1), *share.unbind(-1)) for cell, share in
-             neighbours(locations.flatten(3, 4) * size - 0.5, size)]               # (B, N, H, L*K)
-    first = torch.tensor([0] + [h * w for h, w in spatial_shapes[:-1]]).cumsum(0)             # (L,)
-    first = first.repeat_interleave(K) + S * torch.arange(B).view(B, 1, 1, 1)      # of each image
-    first = (first * H + torch.arange(H)[:, None]).int()        # rows: cell by cell, head by head
-    width, rows, shares = size[:, 0].int(), [], []
-    for _, y, _, share_y in sides:
-        start, share_y = first + y * width, share_y * weights.flatten(3)
-        for x, _, share_x, _ in sides:
-            rows.append(start + x)
-            shares.append(share_y * share_x)
-    rows, shares = (torch.cat(t, dim=-1).view(B * N * H, -1) for t in (rows, shares))  # 4*L*K each
-    return GatherSum.apply(value.reshape(-1, d), rows, shares).view(B, N, H * d)
+
+    @staticmethod
+    def forward(ctx, table, row, share):
+        ctx.save_for_backward(table, row, share)
+        return F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        table, row, share = ctx.saved_tensors
+        grad = grad.contiguous()                                                        # (M, d)
+        (M, T), R = row.shape, len(table)
+
+        # d/d share[m, t] = grad[m] . table[row[m, t]], computed at the entries of a sparse (M, R)
+        padded = table if T <= R else F.pad(table, (0, 0, 0, T - R))    # torch: entries <= columns
+        ends = torch.arange(0, M * T + 1, T, dtype=torch.int32)
+        pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
+                                          check_invariants=False)
+        grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
+
+        # d/d table[r] = sum of share[m, t] * grad[m] over the entries with row[m, t] = r
+        pieces = 4 if M * T > 8 * R else 1          # four short sorts take less than a long one
+        grad_table, *rest = (scatter_sum(grad, r, s, R) for r, s in zip(
+            row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
+        for part in rest:
+            grad_table += part
+        return grad_table, None, grad_share.view(M, T)
+
+
+def scatter_sum(grad, row, share, R):
+    """Sum share[m, t] * grad[m] into table[row[m, t]]: (M, d), (M, T), (M, T) -> (R, d)"""
+    T, row = row.shape[1], row.flatten()
+    order = row.sort().indices                          # entries of row 0 first, then of row 1, ...
+    ends = F.pad(row.bincount(minlength=R).cumsum(0), (1, 0))
+    return F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
+                           per_sample_weights=share.flatten().index_select(0, order))

@@ -1,9 +1,10 @@
-"""Boxes: formats, overlap, and the step by which a decoder layer moves a box.
+"""Boxes: formats, overlap, the step by which a layer moves a box, and its sine embedding.
 
 Everywhere in this package a box is cxcywh: centre and size, in [0, 1] of the image that the
 network sees. Any other format has a suffix, `_xyxy` for corners, `_px` for pixels. Overlaps are
 torchvision's. Used by every file below; read `attention.py` next.
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,15 @@ class Predictions(NamedTuple):
 
 
 def to_xyxy(boxes):
-    """Centre and size -> corners, same unit. (..., 4) -> (..., 4)"""
-    return ops.box_convert(boxes, "cxcywh", "xyxy")
+    """Convert centre and size to corners, in the same unit. (..., 4) -> (..., 4)"""
+    centre, half_size = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half_size, centre + half_size], dim=-1)
 
 
 def to_cxcywh(boxes_xyxy):
-    """Corners -> centre and size, same unit. (..., 4) -> (..., 4)"""
-    return ops.box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    """Convert corners to centre and size, in the same unit. (..., 4) -> (..., 4)"""
+    top_left, bottom_right = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat([(top_left + bottom_right) / 2, bottom_right - top_left], dim=-1)
 
 
 def iou(boxes, others):
@@ -60,21 +63,45 @@ def paired_iou(boxes, others):
     return both / (boxes[:, 2:].prod(-1) + others[:, 2:].prod(-1) - both)
 
 
-def logit(p):
-    """Inverse of the sigmoid, log(p / (1 - p)); p is kept 1e-5 away from 0 and 1 (as released)."""
-    return torch.logit(p, eps=1e-5)
-
-
 def refine(ref_boxes, delta):
-    """Move a reference by a correction that lives before the sigmoid.
+    """Move a reference by a correction that is added before the sigmoid.
 
     [Deformable DETR App. A.4]  box = sigmoid(logit(ref) + delta)
 
+    The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
+
     Args:
         ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: the size is sigmoid(delta) then
-        delta      (..., 4)  what a box head says, any real number
+        delta      (..., 4)  the output of a box head, any real number
     Returns:
         (..., 4)  cxcywh in [0, 1]; delta = 0 gives the reference back
     """
     missing = delta.shape[-1] - ref_boxes.shape[-1]         # 2 for a point, 0 for a box
-    return (F.pad(logit(ref_boxes), (0, missing)) + delta).sigmoid()
+    return (F.pad(torch.logit(ref_boxes, eps=1e-5), (0, missing)) + delta).sigmoid()
+
+
+def sine(x, num_channels):
+    """Embed a number in [0, 1] as sines and cosines of ever longer waves.
+
+    [Attention Is All You Need 3.5]
+        PE(x)[2i] = sin(2 pi x / T^(2i/d)),  PE(x)[2i+1] = cos(2 pi x / T^(2i/d))      T = 10000
+
+    Args:
+        x             (...)  in [0, 1] of image size
+        num_channels  d      even
+    Returns:
+        (..., d), in [-1, 1]
+    """
+    i = torch.arange(0, num_channels, 2, dtype=x.dtype, device=x.device)                    # (d/2,)
+    angle = 2 * math.pi * x[..., None] / 10000 ** (i / num_channels)                   # (..., d/2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)                   # (..., d)
+
+
+def embed_points(points, d_model):
+    """Embed points (x, y), (..., 2) -> (..., D): the y half first, as DETR has it."""
+    return torch.cat([sine(points[..., 1], d_model // 2), sine(points[..., 0], d_model // 2)], -1)
+
+
+def embed_boxes(boxes, d_model):
+    """Embed cxcywh boxes, (..., 4) -> (..., 2D): D/2 channels each for cx, cy, w and h."""
+    return sine(boxes, d_model // 2).flatten(-2)

@@ -1,7 +1,7 @@
-"""The decoder that both papers start from: Deformable DETR's, with boxes refined layer by layer.
+"""Deformable DETR's decoder with iterative refinement, on which DAC-DETR is built.
 
-[DAC Eq. 1-2]. `decoder_dac.py` and `decoder_decoupled.py` repeat this file and change it: the
-difference is the paper, `diff decoder_base.py decoder_dac.py`. Read `query_gen.py` before.
+[DAC Eq. 1-2]. `diff decoder_base.py decoder_dac.py` shows what DAC-DETR adds. Read `proposals.py`
+before.
 """
 from torch import nn
 
@@ -9,7 +9,7 @@ from . import attention, boxes, encoder, proposals
 
 
 class DecoderLayer(nn.Module):
-    """Queries disperse among themselves, then gather what they need from the image."""
+    """Self-attention among the queries, then cross-attention to the image and an FFN."""
 
     def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
         super().__init__()
@@ -34,8 +34,8 @@ class DecoderLayer(nn.Module):
 
         [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
 
-        A deformable attention has no keys: Que says where to read the values Val(Z). The norms and
-        the residual around the FFN are the release's; the equations leave them out.
+        Deformable attention has no keys: Que says where to read the values Val(Z). The norms, and
+        the residual around the FFN, are the release's; the equation leaves them out.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -43,7 +43,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """L layers, each with its own heads; layer by layer a box moves closer. Also [SD Eq. 1]."""
+    """A stack of layers, each with its own heads. Also [SD Eq. 1] on this base."""
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
         super().__init__()
@@ -55,11 +55,11 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """Queries and a Memory -> [Predictions], one a layer, the last is the answer.
+        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
 
-        [Deformable DETR App. A.4]  b_l = sigmoid(delta_l + logit(b_(l-1)))
+        [Deformable DETR App. A.4]  b_l = sigmoid(logit(b_(l-1)) + delta_l)
 
-        A layer looks around the detached b_(l-1), so it learns one correction; its loss also
+        Each layer looks around the detached b_(l-1), so it learns one correction. Its loss also
         reaches the layer before, through `base` ("look forward twice", [DINO Sec. 3.5]).
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
@@ -71,18 +71,4 @@ class Decoder(nn.Module):
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
             base = boxes.refine(ref_boxes, delta)
             ref_boxes = base.detach()
-        return predictions
-
-
-class FixedReferenceDecoder(Decoder):
-    """Deformable DETR without refinement: every layer starts from, and looks around, one point."""
-
-    def o_decoder(self, queries, memory):
-        """Queries and a Memory -> [Predictions], one a layer, the last is the answer."""
-        x, pos, predictions = queries.content[0], queries.pos[0], []
-        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = layer.disperse(x, pos, queries.is_blocked)
-            x = layer.gather(x, pos, queries.ref_boxes, memory)
-            predictions.append(boxes.Predictions(
-                class_head(x), boxes.refine(queries.ref_boxes, box_head(x))))
         return predictions

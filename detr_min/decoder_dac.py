@@ -1,19 +1,15 @@
-"""DAC-DETR: in training the same layers run twice, with self-attention and without it.
+"""DAC-DETR's decoders: the same layers run with self-attention, and in training also without it.
 
-[DAC Eq. 1-3], [DAC Fig. 2]. Cross-attention gathers queries around an object, self-attention
-disperses them; trained in one stack they pull against one another. The O-Decoder is the decoder of
-`decoder_base.py`. The C-Decoder, in training only, is the same weights from the same queries
-without self-attention, and its labels are one-to-many (`matcher.py`): it teaches the
-cross-attention to gather. Read `decoder_base.py` before.
+[DAC Eq. 1-3], [DAC Fig. 2]. The C-Decoder, whose labels are one-to-many (`matcher.py`), teaches the
+cross-attention to gather queries around an object. Read `decoder_base.py` before.
 """
-import torch
 from torch import nn
 
 from . import attention, boxes, encoder, proposals
 
 
 class DecoderLayer(nn.Module):
-    """Queries disperse among themselves, then gather what they need from the image."""
+    """Self-attention among the queries, then cross-attention to the image and an FFN."""
 
     def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
         super().__init__()
@@ -37,10 +33,9 @@ class DecoderLayer(nn.Module):
         """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
 
         [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
-        [DAC Eq. 3]  Q' = FFN(Q + Att_cross(Que(Q), Key(Z), Val(Z))), what comes before left out
 
-        A deformable attention has no keys: Que says where to read the values Val(Z). The norms and
-        the residual around the FFN are the release's; the equations leave them out.
+        Deformable attention has no keys: Que says where to read the values Val(Z). The norms, and
+        the residual around the FFN, are the release's; the equation leaves them out.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -48,7 +43,7 @@ class DecoderLayer(nn.Module):
 
 
 class DACDecoder(nn.Module):
-    """One stack of weights, two ways through it. The C-Decoder owns no parameter of its own."""
+    """One stack of layers and heads, two passes through it."""
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
         super().__init__()
@@ -60,11 +55,11 @@ class DACDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """Queries and a Memory -> [Predictions], one a layer, the last is the answer.
+        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
 
-        [Deformable DETR App. A.4]  b_l = sigmoid(delta_l + logit(b_(l-1)))
+        [Deformable DETR App. A.4]  b_l = sigmoid(logit(b_(l-1)) + delta_l)
 
-        A layer looks around the detached b_(l-1), so it learns one correction; its loss also
+        Each layer looks around the detached b_(l-1), so it learns one correction. Its loss also
         reaches the layer before, through `base` ("look forward twice", [DINO Sec. 3.5]).
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
@@ -79,10 +74,9 @@ class DACDecoder(nn.Module):
         return predictions
 
     def c_decoder(self, queries, memory):
-        """[DAC Eq. 3]  The same, and no query ever sees another: one line is gone.
+        """Decode as `o_decoder` does, but no query ever sees another. In training only.
 
-        DEVIATION from the release, which starts it after the O-Decoder's first self-attention
-        (`decoder_release.py`); here, as the paper draws it, from the queries.
+        [DAC Eq. 3]  Q_C^(l+1) = FFN(Q_C^l + Att_cross(Que(Q_C^l), Key(Z), Val(Z)))
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
@@ -93,23 +87,3 @@ class DACDecoder(nn.Module):
             base = boxes.refine(ref_boxes, delta)
             ref_boxes = base.detach()
         return predictions
-
-    def both_decoders(self, queries, memory):
-        """o_decoder and c_decoder in one go, the same numbers in less time.
-
-        After self-attention every operation acts on each query alone, so the queries of both pass
-        through `gather` side by side, and the memory is projected once instead of twice.
-        """
-        N, mask = queries.ref_boxes.shape[1], queries.is_blocked
-        x, pos, ref_boxes = (torch.cat([t, t], dim=1)                   # (B, 2N, D): O, then C
-                             for t in (queries.content[0], queries.pos[0], queries.ref_boxes))
-        base, predictions = ref_boxes, []
-        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
-            x = torch.cat([layer.disperse(x[:, :N], pos[:, :N], mask), x[:, N:]], dim=1)
-            x = layer.gather(x, pos, ref_boxes, memory)                 # (B, 2N, D)
-            delta = box_head(x)
-            predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
-            base = boxes.refine(ref_boxes, delta)
-            ref_boxes = base.detach()
-        return ([boxes.Predictions(p.logits[:, :N], p.boxes[:, :N]) for p in predictions],
-                [boxes.Predictions(p.logits[:, N:], p.boxes[:, N:]) for p in predictions])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import attention, position
+from . import attention, boxes
 
 
 def feed_forward(d_model, d_ffn):
@@ -32,11 +32,20 @@ def cell_centres(spatial_shapes, valid_ratios):
     return torch.cat(centres, dim=1)
 
 
-def valid_ratio(is_pad):
-    """Share of a level's columns and rows that is image. (B, h, w) -> (B, 2), as (x, y)"""
-    is_image = ~is_pad
-    first_row, first_column = is_image[:, 0].float(), is_image[:, :, 0].float()
-    return torch.stack([first_row.mean(-1), first_column.mean(-1)], dim=-1)
+def cell_positions(is_pad, d_model):
+    """Embed the cells of a feature level, measured on the image alone, not on its padding.
+
+    Args:
+        is_pad  (B, h, w)  True = padding
+        d_model D
+    Returns:
+        (B, h, w, D)  the sine embedding of each cell's centre
+    """
+    is_image = (~is_pad).float()
+    y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
+    y = (y - 0.5) / (y[:, -1:, :] + 1e-6)                   # centres of cells, in [0, 1]
+    x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+    return boxes.embed_points(torch.stack([x, y], dim=-1), d_model)
 
 
 class EncoderLayer(nn.Module):
@@ -49,15 +58,15 @@ class EncoderLayer(nn.Module):
         self.ffn = feed_forward(d_model, d_ffn)
         self.norm_ffn = nn.LayerNorm(d_model)
 
-    def forward(self, memory, memory_pos, centres):
-        """A Memory, the position of its cells (B, S, D) and their centres (B, S, 2) -> a Memory"""
+    def forward(self, memory, centres):
+        """A Memory and the centres of its cells, (B, S, 2) -> a Memory"""
         x = memory.tokens
-        x = self.norm_attn(x + self.attn(x + memory_pos, centres, memory))           # (B, S, D)
+        x = self.norm_attn(x + self.attn(x + memory.pos, centres, memory))           # (B, S, D)
         return memory._replace(tokens=self.norm_ffn(x + self.ffn(x)))
 
 
 class Encoder(nn.Module):
-    """Feature levels in, the decoder's Memory out."""
+    """Turn feature levels into the decoder's Memory."""
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn):
         super().__init__()
@@ -67,7 +76,7 @@ class Encoder(nn.Module):
             for _ in range(num_layers)])
 
     def forward(self, features, is_pad):
-        """Feature levels and the image's padding mask -> the Memory both decoders read.
+        """Encode feature levels, with the padding mask of the images.
 
         Args:
             features  [(B, D, h, w), ...]     L levels, any sizes
@@ -77,15 +86,17 @@ class Encoder(nn.Module):
         """
         pads = [F.interpolate(is_pad[:, None].float(), size=x.shape[-2:]).bool()[:, 0]   # (B, h, w)
                 for x in features]
+        shares = [torch.stack([(~pad[:, 0]).float().mean(-1),       # of the columns, in the first
+                               (~pad[:, :, 0]).float().mean(-1)], dim=-1)       # row; of the rows
+                  for pad in pads]                                                       # (B, 2)
         memory = attention.Memory(
             tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1),   # (B, S, D)
             is_pad=torch.cat([pad.flatten(1) for pad in pads], dim=1),                      # (B, S)
             spatial_shapes=[tuple(x.shape[-2:]) for x in features],
-            valid_ratios=torch.stack([valid_ratio(pad) for pad in pads], dim=1))         # (B, L, 2)
-        memory_pos = torch.cat([
-            position.of_cells(pad, x.shape[1]).flatten(1, 2) + embed
-            for pad, x, embed in zip(pads, features, self.level_embed)], dim=1)          # (B, S, D)
+            valid_ratios=torch.stack(shares, dim=1),                                     # (B, L, 2)
+            pos=torch.cat([cell_positions(pad, x.shape[1]).flatten(1, 2) + embed         # (B, S, D)
+                           for pad, x, embed in zip(pads, features, self.level_embed)], dim=1))
         centres = cell_centres(memory.spatial_shapes, memory.valid_ratios)               # (B, S, 2)
         for layer in self.layers:
-            memory = layer(memory, memory_pos, centres)
+            memory = layer(memory, centres)
         return memory

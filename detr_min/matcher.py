@@ -1,7 +1,8 @@
-"""Which query answers for which object: one-to-one and one-to-many.
+"""Label assignment: which query learns which object, one-to-one or one-to-many.
 
 [DETR Eq. 1] for the O-Decoder, [DAC Eq. 4] for the C-Decoder. Pure functions of one image, without
-gradient. A cost is minimised, a quality maximised. Read `decoder_dac.py` before.
+gradient. A cost is minimised, a quality is maximised. Read `decoder_dac.py` before and
+`criterion.py` after.
 """
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -10,7 +11,7 @@ from . import boxes
 
 
 def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
-    """How badly prediction i explains object j. Lower is better.
+    """Compute how badly prediction i explains object j. Lower is better.
 
     [DETR Eq. 1], [Deformable DETR App. A.4]
         cost[i, j] = 2 (focal_1(p) - focal_0(p)) + 5 |b_i - g_j|_1 - 2 GIoU(b_i, g_j),  p = p_i[c_j]
@@ -33,7 +34,7 @@ def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
 
 
 def one_to_one(cost):
-    """The assignment of least total cost: each object gets one query, no query two objects.
+    """Assign one query to each object, at the least total cost; no query serves two objects.
 
     [DETR Eq. 1]  argmin over sigma of  sum_j cost[sigma(j), j]       (Hungarian method, scipy)
 
@@ -42,7 +43,7 @@ def one_to_one(cost):
     Returns:
         query_idx, gt_idx, int64 (M,) each, sorted by query; empty for an image without objects
     Raises:
-        ValueError: fewer queries than objects, or a cost that is not a number
+        ValueError: fewer queries than objects, or a cost that is not finite
     """
     num_queries, num_objects = cost.shape
     if num_objects > num_queries:
@@ -57,7 +58,7 @@ def one_to_one(cost):
 
 
 def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_weight=0.7):
-    """How well prediction i explains object j. Higher is better.
+    """Compute how well prediction i explains object j. Higher is better.
 
     [DAC Eq. 4]  M[i, j] = class_weight * p_i[c_j] + iou_weight * IoU(b_i, g_j)
 
@@ -81,11 +82,11 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
 
 
 def one_to_many(quality, threshold=0.4, k=6):
-    """Give each object up to k queries that explain it well enough, each query one object at most.
+    """Assign up to k queries to each object; a query serves one object at most.
 
     [DAC Eq. 4]  i is positive for j  <=>  M[i, j] >= threshold, i is among the k best of column j,
-    and (ours) j is the best of row i. Ties go to the lower index. Nothing is forced: an object that
-    no query reaches has none.
+    and (ours) j is the best of row i. Ties go to the lower index. An object whose qualities all
+    stay below the threshold gets no query.
 
     Args:
         quality  M  (N, M)  higher is better
@@ -94,8 +95,8 @@ def one_to_many(quality, threshold=0.4, k=6):
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
     Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
-        it has one box to learn. DEVIATION from the release, where moreover the best query of an
-        object is forced, and a random 75 positives survive in crowded images; >= is its choice.
+        it has one box to learn. DEVIATION from the release, whose rule is
+        `release.dac_release.one_to_many`; the comparison >= is the release's.
     """
     best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]      # (k, M)
     is_positive = torch.zeros_like(quality, dtype=torch.bool).scatter_(0, best_first, True)
@@ -103,32 +104,3 @@ def one_to_many(quality, threshold=0.4, k=6):
     best_object = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (N, 1)
     is_own = torch.zeros_like(is_positive).scatter_(1, best_object, True)
     return (is_positive & is_own).nonzero(as_tuple=True)
-
-
-def one_to_many_release(quality, threshold=0.4, k=6):
-    """The rule that the authors' code follows instead. A query may serve two objects.
-
-    After [DAC Eq. 4]. Each query belongs to the object it explains best, and it is positive if that
-    quality reaches the threshold, or if it is some object's best query. An object that owns c
-    positives gets its min(c, k) best queries, whoever owns those. So an object whose best query
-    belongs to another may get none, and a query may be claimed twice. Ties go to the lower index.
-
-    Args:
-        quality  M  (N, M)  higher is better
-        threshold   in the unit of M
-        k           most queries an object gets
-    Returns:
-        query_idx, gt_idx, int64 (P,) each, sorted by query, then by object; P = 0 without objects
-    Differs: DEVIATION from the release, which first drops all but a random 75 positives (a quarter
-        of 300, whatever N is). Up to 75 the pairs are the same; beyond, objects lose pairs there by
-        chance, while here all positives stay and the answer is deterministic.
-    """
-    owner = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]    # (N, 1); or (N, 0)
-    best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]  # (min(k, N), M)
-    is_positive = quality.gather(1, owner) >= threshold                         # (N, 1)
-    is_positive[best_first[:1].flatten()] = True
-    owned = torch.zeros_like(quality, dtype=torch.long).scatter_(1, owner, is_positive.long())
-    rank = torch.arange(len(best_first), device=quality.device)[:, None]
-    is_pair = torch.zeros_like(quality, dtype=torch.bool)
-    is_pair.scatter_(0, best_first, rank < owned.sum(0))
-    return is_pair.nonzero(as_tuple=True)

@@ -1,10 +1,11 @@
-"""The encoder's own detections, one a cell, and the two heads that every layer ends in.
+"""The encoder's own detections, one a cell, and the object queries that start from the best.
 
-[Deformable DETR App. A.4] "two-stage": the best of these boxes are where queries start. DESTR calls
-such a network a mini-detector, and SD-DETR, a reading note says, takes up the word. Read
-`encoder.py` before and `query_gen.py` after.
+[Deformable DETR App. A.4] "two-stage", with [DINO Sec. 3.4]'s mixed query selection: the queries of
+DAC-DETR. The two heads that every decoder layer ends in stand here too, since the mini-detector is
+the first to need them. Read `encoder.py` before and `decoder_base.py` after.
 """
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +13,20 @@ from torch import nn
 from . import boxes, encoder
 
 
+class Queries(NamedTuple):
+    """N queries an image, in as many sets as the decoder has branches (SD-DETR: 2, else 1).
+
+    A query has a content (what is here), a position (where), and a reference to look around.
+    """
+    content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
+    pos: torch.Tensor                           # (T, B, N, D)
+    ref_boxes: torch.Tensor               # (B, N, 4) cxcywh; learned queries have points, (B, N, 2)
+    proposals: boxes.Predictions | None      # the encoder's own detections, one a cell: (B, S, ...)
+    is_blocked: torch.Tensor | None = None      # (N, N) bool, True: row may not look at column
+
+
 def box_head(d_model):
-    """Three linear layers that say how far a reference moves; at first not at all."""
+    """Three linear layers that say how far a reference moves. They start at "not at all"."""
     head = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(),
                          nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, 4))
     nn.init.zeros_(head[-1].weight)
@@ -22,14 +35,14 @@ def box_head(d_model):
 
 
 def class_head(d_model, num_classes, prior=0.01):
-    """One linear layer to C logits, all at probability `prior` at first [Focal Loss Sec. 3.3]."""
+    """One linear layer to C logits, which start at probability `prior` [Focal Loss Sec. 3.3]."""
     head = nn.Linear(d_model, num_classes)
     nn.init.constant_(head.bias, math.log(prior / (1 - prior)))
     return head
 
 
 def anchors(memory):
-    """The box each cell starts from: its centre, 5 % of the image wide on level 0, then doubling.
+    """The box that each cell starts from: 5 % of the image wide on level 0, then doubling.
 
     [Deformable DETR App. A.4]  anchor of a cell of level l = (x, y, 0.05 * 2^l, 0.05 * 2^l)
 
@@ -65,7 +78,7 @@ class MiniDetector(nn.Module):
         cells = memory.tokens.masked_fill(~is_good[..., None], 0)
         cells = self.norm(self.project(cells))                                           # (B, S, D)
         found = boxes.refine(anchor, self.box_head(cells))
-        found = found.masked_fill(~is_good[..., None], 1)   # the release: sigmoid(inf + delta) = 1
+        found = found.masked_fill(~is_good[..., None], 1)       # as released: sigmoid(inf + delta)
         return boxes.Predictions(self.class_head(cells), found)
 
     def best(self, proposals, num_queries):
@@ -73,3 +86,33 @@ class MiniDetector(nn.Module):
         objectness = proposals.logits[..., 0]                                               # (B, S)
         cell = objectness.topk(min(num_queries, objectness.shape[1]), dim=1).indices        # (B, N)
         return proposals.boxes.detach().gather(1, cell[..., None].expand(-1, -1, 4))
+
+
+class TwoStageQueries(nn.Module):
+    """Queries that start at the encoder's N best boxes, with a learned content.
+
+    [DINO Sec. 3.4] "mixed query selection", as in the DAC-DETR release. With two sets each task
+    learns its own contents; box and position are the same.
+    """
+
+    def __init__(self, num_queries, d_model, num_classes, num_sets):
+        super().__init__()
+        self.num_queries, self.num_sets, self.d_model = num_queries, num_sets, d_model
+        self.mini_detector = MiniDetector(d_model, num_classes)
+        self.content = nn.ParameterList(torch.randn(num_queries, d_model) for _ in range(num_sets))
+        self.pos_project = nn.Linear(2 * d_model, 2 * d_model)
+        self.pos_norm = nn.LayerNorm(2 * d_model)
+
+    def embed(self, ref_boxes):
+        """Make a position and a content out of boxes. (B, N, 4) -> (B, N, D), (B, N, D)"""
+        sines = boxes.embed_boxes(ref_boxes, self.d_model)                              # (B, N, 2D)
+        return self.pos_norm(self.pos_project(sines)).chunk(2, dim=-1)
+
+    def forward(self, memory):
+        """A Memory -> min(N, S) Queries"""
+        found = self.mini_detector(memory)
+        ref_boxes = self.mini_detector.best(found, self.num_queries)                  # (B, N, 4)
+        B, N, _ = ref_boxes.shape
+        pos, _ = self.embed(ref_boxes)                  # the content half is unused, as released
+        content = torch.stack([c[:N] for c in self.content])[:, None].expand(-1, B, -1, -1)
+        return Queries(content, pos.expand(self.num_sets, -1, -1, -1), ref_boxes, found)

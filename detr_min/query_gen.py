@@ -1,97 +1,15 @@
-"""Where object queries come from: learned, picked by the encoder, or made for each task.
+"""Task-aware query generation: for each task, a query made of the points that matter to it.
 
-A query has a content (what is here), a position (where) and a reference box, where it starts to
-look. `TwoStageQueries` is what DAC-DETR uses, `TaskAwareQueries` is SD-DETR's [SD Eq. 4-5]. Read
-`proposals.py` before and `decoder_base.py` after.
+[SD Eq. 4-5], [SD Fig. 3]. Read `proposals.py` before and `decoder_decoupled.py` after.
 """
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision.ops as ops
 from torch import nn
 
-from . import boxes, position, proposals
-
-
-class Queries(NamedTuple):
-    """N queries an image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
-    content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
-    pos: torch.Tensor                           # (T, B, N, D)
-    ref_boxes: torch.Tensor               # (B, N, 4) cxcywh; learned queries have points, (B, N, 2)
-    proposals: boxes.Predictions | None      # the encoder's own detections, one a cell: (B, S, ...)
-    is_blocked: torch.Tensor | None = None      # (N, N) bool, True: row may not look at column
-
-
-class LearnedQueries(nn.Module):
-    """Content, position and a reference point learned for each query: the same for every image.
-
-    [Deformable DETR Sec. 4.1], without two-stage.
-    """
-
-    def __init__(self, num_queries, d_model, num_classes, num_sets):
-        super().__init__()
-        self.num_sets = num_sets
-        self.pos_and_content = nn.Parameter(torch.randn(num_queries, 2 * d_model))
-        self.reference_points = nn.Linear(d_model, 2)
-        nn.init.xavier_uniform_(self.reference_points.weight)
-        nn.init.zeros_(self.reference_points.bias)
-
-    def forward(self, memory):
-        """A Memory -> Queries; the references are points, (B, N, 2)"""
-        B = memory.tokens.shape[0]
-        pos, content = self.pos_and_content.expand(B, -1, -1).chunk(2, dim=-1)           # (B, N, D)
-        with torch.autocast(pos.device.type, enabled=False):     # half precision misplaces
-            points = self.reference_points(pos).sigmoid()                                # (B, N, 2)
-        sets = (self.num_sets, -1, -1, -1)
-        return Queries(content.expand(sets), pos.expand(sets), points, proposals=None)
-
-
-class TwoStageQueries(nn.Module):
-    """Start at the encoder's N best boxes; what to look for is learned ("mixed query selection").
-
-    [DINO Sec. 3.4], as in the DAC-DETR release. With two sets each task learns its own contents;
-    box and position are the same.
-    """
-
-    def __init__(self, num_queries, d_model, num_classes, num_sets):
-        super().__init__()
-        self.num_queries, self.num_sets, self.d_model = num_queries, num_sets, d_model
-        self.mini_detector = proposals.MiniDetector(d_model, num_classes)
-        self.content = nn.ParameterList(torch.randn(num_queries, d_model) for _ in range(num_sets))
-        self.pos_project = nn.Linear(2 * d_model, 2 * d_model)
-        self.pos_norm = nn.LayerNorm(2 * d_model)
-
-    def embed(self, ref_boxes):
-        """What a box says of its query's position and content. (B, N, 4) -> (B, N, D), (B, N, D)"""
-        sines = position.of_boxes(ref_boxes, self.d_model)                              # (B, N, 2D)
-        return self.pos_norm(self.pos_project(sines)).chunk(2, dim=-1)
-
-    def forward(self, memory):
-        """A Memory -> Queries, of min(N, S) queries"""
-        found = self.mini_detector(memory)
-        ref_boxes = self.mini_detector.best(found, self.num_queries)                  # (B, N, 4)
-        B, N, _ = ref_boxes.shape
-        pos, _ = self.embed(ref_boxes)            # the half for content is left unused, as released
-        content = torch.stack([c[:N] for c in self.content])[:, None].expand(-1, B, -1, -1)
-        return Queries(content, pos.expand(self.num_sets, -1, -1, -1), ref_boxes, found)
-
-
-class UnmixedTwoStageQueries(TwoStageQueries):
-    """Both halves of a query come from its box, none is learned [Deformable DETR App. A.4]."""
-
-    def __init__(self, num_queries, d_model, num_classes, num_sets):
-        super().__init__(num_queries, d_model, num_classes, num_sets)
-        self.content = None
-
-    def forward(self, memory):
-        """A Memory -> Queries, of min(N, S) queries"""
-        found = self.mini_detector(memory)
-        ref_boxes = self.mini_detector.best(found, self.num_queries)
-        pos, content = self.embed(ref_boxes)
-        sets = (self.num_sets, -1, -1, -1)
-        return Queries(content.expand(sets), pos.expand(sets), ref_boxes, found)
+from . import boxes, proposals
 
 
 def level_of(ref_boxes, memory):
@@ -186,7 +104,7 @@ def points_to_query(features, points, ref_boxes):
     """
     found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
     on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, M, 2)
-    return found[..., 0].mean(-1), position.of_points(on_image, features.shape[1]).mean(1)  # (P, D)
+    return found[..., 0].mean(-1), boxes.embed_points(on_image, features.shape[1]).mean(1)
 
 
 class TaskAwareQueries(nn.Module):
@@ -216,4 +134,4 @@ class TaskAwareQueries(nn.Module):
                 for predict in self.predictors]
         content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))
         ranks = torch.stack([c[:ref_boxes.shape[1]] for c in self.content])              # (T, N, D)
-        return Queries(content + ranks[:, None], pos, ref_boxes, found)
+        return proposals.Queries(content + ranks[:, None], pos, ref_boxes, found)

@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from detr_min import (attention, boxes, checkpoints, criterion, data, draw,  # noqa: E402
-                      evaluate, matcher, runs, tal_loss)
+from detr_min import attention, boxes, criterion, matcher, tal_loss  # noqa: E402
+from detr_min.data import transforms  # noqa: E402
+from detr_min.run import checkpoints, draw, evaluate, sets  # noqa: E402
 
 WIDTH = 800 / draw.DPI                  # inches
 NUM_IMAGES = 200                        # validation images that a title's averages are over
@@ -48,7 +49,7 @@ def panels(columns, height, **more):
 def picture_axes(columns, height, image):
     """The same, each showing a normalised image (3, h, w) in grey, for colours to stand out."""
     figure, row = panels(columns, height)
-    std, mean = (torch.tensor(numbers)[:, None, None] for numbers in (data.STD, data.MEAN))
+    std, mean = (torch.tensor(numbers)[:, None, None] for numbers in (transforms.STD, transforms.MEAN))
     grey = (image * std + mean).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
     for axes in row:
         axes.set_axis_off()
@@ -310,7 +311,7 @@ def main(argv=None):
     for run in args.run:
         if (pathlib.Path(run) / "last.pt").exists():
             model = checkpoints.load_model(run)
-            found[model.config.model] = model, runs.open_val(model.config, model.categories)
+            found[model.config.model] = model, sets.open_val(model.config, model.categories)
     if "dac" in found:
         layers_of_a_query(*found["dac"], out / "layers.png")
         gathering(*found["dac"], out / "gathering.png")

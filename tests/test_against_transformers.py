@@ -11,7 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from benchmarks import theirs
-from detr_min import checkpoints, config, model, proposals
+from detr_min import proposals
+from detr_min.run import checkpoints, config, registry
 
 pytest.importorskip("transformers")
 
@@ -53,7 +54,7 @@ def build_theirs(variant, features):
 
 def build_ours(variant, features, state):
     """Our detector with their weights: all of ours are filled, all of theirs are used."""
-    net = model.build(sizes(variant))
+    net = registry.build(sizes(variant))
     net.backbone = Stub(features)
     return theirs.copy_weights(state, net).eval()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import align_loss
+from detr_min.release import align_loss
 
 
 def f64(*numbers):

@@ -6,7 +6,7 @@ import torchvision
 from torch.testing import assert_close
 from torchvision.models import swin_transformer
 
-from detr_min import backbone_swin
+from detr_min.release import swin
 
 EXACT = dict(atol=1e-12, rtol=0)
 TINY = dict(width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=3)
@@ -25,7 +25,7 @@ def randomise(module, seed=0):
 
 def test_split_worked_by_hand():
     x = torch.arange(24.).reshape(1, 4, 6, 1)           # rows 0..5, 6..11, 12..17, 18..23
-    windows = backbone_swin.split(x, 2)
+    windows = swin.split(x, 2)
     assert windows.shape == (1, 6, 4, 1)
     assert windows[0, 0].flatten().tolist() == [0, 1, 6, 7]
     assert windows[0, 1].flatten().tolist() == [2, 3, 8, 9]             # to the right, then down
@@ -34,16 +34,16 @@ def test_split_worked_by_hand():
 
 def test_join_undoes_split():
     x = torch.randn(2, 6, 9, 5)
-    assert torch.equal(backbone_swin.join(backbone_swin.split(x, 3), 6, 9, 3), x)
+    assert torch.equal(swin.join(swin.split(x, 3), 6, 9, 3), x)
 
 
 def test_strangers_worked_by_hand():
     """One window of 4 x 4, moved by 2: its four quarters come from the map's four corners."""
-    [[apart]] = backbone_swin.strangers(4, 4, 4, 2)
+    [[apart]] = swin.strangers(4, 4, 4, 2)
     quarter = torch.tensor([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
     assert_close(apart, -100.0 * (quarter[:, None] != quarter))
     # of 2 x 2 windows the first holds no stranger, the last one four parties
-    apart = backbone_swin.strangers(8, 8, 4, 2)
+    apart = swin.strangers(8, 8, 4, 2)
     assert apart.shape == (4, 1, 16, 16)
     assert [len(a[0].unique(dim=0)) for a in apart] == [1, 2, 2, 4]
 
@@ -80,7 +80,7 @@ def attention_by_definition(net, x, size, shift):
 @torch.no_grad()
 def test_attention_by_definition(h, w, size, shift):
     """[Swin Eq. 4] also on maps one window high or wide, and on padded ones."""
-    net = randomise(backbone_swin.WindowAttention(8, [size, size], [shift, shift], 2))
+    net = randomise(swin.WindowAttention(8, [size, size], [shift, shift], 2))
     x = torch.randn(2, h, w, 8).double()
     found = net(x)
     for image in range(2):
@@ -90,7 +90,7 @@ def test_attention_by_definition(h, w, size, shift):
 @torch.no_grad()
 def test_torchvision_does_not_move_a_single_window_and_we_do():
     """[DAC-DETR release] The reason for this file's own attention."""
-    ours = randomise(backbone_swin.WindowAttention(8, [4, 4], [2, 2], 2))
+    ours = randomise(swin.WindowAttention(8, [4, 4], [2, 2], 2))
     theirs = swin_transformer.ShiftedWindowAttention(8, [4, 4], [2, 2], 2).double().eval()
     theirs.load_state_dict(ours.state_dict())
     larger, single = torch.randn(1, 8, 5, 8).double(), torch.randn(1, 4, 4, 8).double()
@@ -115,7 +115,7 @@ def torchvisions(ours, config):
 @torch.no_grad()
 def test_levels_are_torchvisions_where_no_map_is_one_window():
     """Maps of 26 x 35, 13 x 18, 7 x 9 and 4 x 5 cells, windows of 3: all padded, two merged odd."""
-    ours = randomise(backbone_swin.Swin(**TINY))
+    ours = randomise(swin.Swin(**TINY))
     theirs, images = torchvisions(ours, TINY), torch.randn(2, 3, 101, 138).double()
     x, expected = F.pad(images, (0, 2, 0, 3)), []           # the picture to whole patches of 4 x 4
     for part in theirs.features:
@@ -129,7 +129,7 @@ def test_levels_are_torchvisions_where_no_map_is_one_window():
 @torch.no_grad()
 def test_merging_joins_four_cells_in_the_original_order():
     """Top left, bottom left, top right, bottom right: torchvision's order is the original's."""
-    merge = randomise(backbone_swin.Swin(**TINY)).merges[0]
+    merge = randomise(swin.Swin(**TINY)).merges[0]
     x = torch.randn(1, 3, 2, 8).double()                    # 3 rows: a row of zeros is added
     zero = torch.zeros(8).double()
     upper = torch.cat([x[0, 0, 0], x[0, 1, 0], x[0, 0, 1], x[0, 1, 1]])
@@ -141,7 +141,7 @@ def test_merging_joins_four_cells_in_the_original_order():
 
 @pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (1, 1)])
 def test_any_size_has_strides_8_16_32(h, w):
-    net = backbone_swin.Swin(**TINY).eval()
+    net = swin.Swin(**TINY).eval()
     levels = net(torch.randn(2, 3, h, w))
     assert [tuple(x.shape) for x in levels] == [
         (2, channels, -(-h // stride), -(-w // stride))
@@ -151,7 +151,7 @@ def test_any_size_has_strides_8_16_32(h, w):
 
 def test_defaults_are_swin_l_and_nothing_is_frozen():
     with torch.device("meta"):
-        net = backbone_swin.Swin()
+        net = swin.Swin()
     assert net.channels == [384, 768, 1536]
     assert [len(stage) for stage in net.stages] == [2, 2, 18, 2]
     assert [stage[0].attn.num_heads for stage in net.stages] == [6, 12, 24, 48]
@@ -163,7 +163,7 @@ def test_defaults_are_swin_l_and_nothing_is_frozen():
 
 
 def test_every_parameter_gets_a_gradient():
-    net = backbone_swin.Swin(**TINY, drop_path=0.0)
+    net = swin.Swin(**TINY, drop_path=0.0)
     levels = net(torch.randn(1, 3, 70, 100))
     sum((level * torch.randn_like(level)).sum() for level in levels).backward()
     for name, parameter in net.named_parameters():
@@ -171,7 +171,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_drop_path_grows_with_depth_and_is_off_in_eval():
-    net = backbone_swin.Swin(**TINY, drop_path=0.7)
+    net = swin.Swin(**TINY, drop_path=0.7)
     drops = [block.stochastic_depth.p for stage in net.stages for block in stage]
     assert_close(torch.tensor(drops), torch.arange(8) * 0.1)
     images = torch.randn(1, 3, 40, 40)

@@ -11,7 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks import cases, clock, learn, memory, speed, theirs
-from detr_min import evaluate, model, runs
+from detr_min import model
+from detr_min.run import evaluate
 
 
 def test_spread_by_hand():

@@ -4,7 +4,8 @@ import pathlib
 import pytest
 import torch
 
-from detr_min import backbone, checkpoints, config, model
+from detr_min import backbone
+from detr_min.run import checkpoints, config, registry
 
 TINY = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=2, num_queries=5,
             num_levels=3)
@@ -14,14 +15,14 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 def saved(path, categories=CATEGORIES, **changes):
     """A detector with random weights, saved to path."""
     cfg = config.preset("shapes", **TINY, num_classes=len(categories), **changes)
-    detector = model.build(cfg)
+    detector = registry.build(cfg)
     optimizer = torch.optim.AdamW(detector.parameters())
     checkpoints.save(path, detector, optimizer, cfg, categories, {"step": 4})
     return detector.eval()
 
 
 @pytest.mark.parametrize("name, queries", [
-    *((name, "two_stage") for name in model.DECODERS), ("deformable_fixed", "learned"),
+    *((name, "two_stage") for name in registry.DECODERS), ("deformable_fixed", "learned"),
     ("deformable", "two_stage_unmixed"), ("decoupled", "task_aware"), ("split", "task_aware")])
 def test_load_model_gives_the_same_detector_back(name, queries, tmp_path):
     detector = saved(tmp_path / "last.pt", model=name, queries=queries)
@@ -94,7 +95,7 @@ FIRST_HEAD = [f"queries.mini_detector.class_head.{kind}" for kind in ("bias", "w
 
 def started_from(path, categories, **changes):
     """The state before and after init_from of a detector for `categories`, and what it returned."""
-    detector = model.build(config.preset("shapes", **{**TINY, **changes},
+    detector = registry.build(config.preset("shapes", **{**TINY, **changes},
                                          num_classes=len(categories)))
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     return before, detector.state_dict(), checkpoints.init_from(detector, categories, path)

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from detr_min import config, optim
+from detr_min.run import config, optim
 
 
 def test_a_preset_takes_changes_of_flags_and_of_the_recipe():

@@ -6,7 +6,9 @@ import torch
 import torchvision.ops as ops
 from torch.testing import assert_close
 
-from detr_min import boxes, config, criterion, data, matcher, model
+from detr_min import boxes, criterion, matcher, model
+from detr_min.data import dataset
+from detr_min.run import config, registry
 
 FOCAL, TAL = criterion.CLASS_LOSSES["focal"], criterion.CLASS_LOSSES["tal"]
 
@@ -31,7 +33,7 @@ def predictions_(generator, B=2, N=6, C=3):
 
 
 def targets_(generator, objects=(3, 2), C=3):
-    return [data.Target(torch.randint(C, (M,), generator=generator), random_boxes(generator, M),
+    return [dataset.Target(torch.randint(C, (M,), generator=generator), random_boxes(generator, M),
                         i, (64, 64)) for i, M in enumerate(objects)]
 
 
@@ -61,7 +63,7 @@ def test_focal_loss_by_definition(generator):
 def test_layer_loss_by_hand():
     """[DETR Eq. 2]  One image, one query, one object of the same centre and half the height."""
     predictions = boxes.Predictions(f64(0., 0.)[None, None], f64(.5, .5, .4, .4)[None, None])
-    target = data.Target(torch.tensor([1]), f64(.5, .5, .4, .2)[None], 0, (64, 64))
+    target = dataset.Target(torch.tensor([1]), f64(.5, .5, .4, .2)[None], 0, (64, 64))
     pair = [(torch.tensor([0]), torch.tensor([0]))]
     cls, l1, giou = criterion.layer_loss(predictions, pair, [target], FOCAL)
     assert_close(cls, f64(2 * .25 * math.log(2))[0])        # as test_focal_loss_by_hand, weight 2
@@ -270,14 +272,14 @@ def tiny(name, queries):
     sizes = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1,
                  decoder_layers=2, num_queries=8, num_classes=3, num_levels=3)
     torch.manual_seed(0)
-    return model.build(config.preset("shapes", model=name, queries=queries, **sizes)).train()
+    return registry.build(config.preset("shapes", model=name, queries=queries, **sizes)).train()
 
 
 def two_pictures():
     """A red and a green rectangle in one image, a blue one in the other; 64 x 64 pixels."""
     two, one = torch.tensor([[.3, .3, .4, .3], [.7, .75, .3, .4]]), torch.tensor([[.6, .4, .5, .6]])
-    targets = [data.Target(torch.tensor([0, 1]), two, 0, (64, 64)),
-               data.Target(torch.tensor([2]), one, 1, (64, 64))]
+    targets = [dataset.Target(torch.tensor([0, 1]), two, 0, (64, 64)),
+               dataset.Target(torch.tensor([2]), one, 1, (64, 64))]
     images = torch.zeros(2, 3, 64, 64)
     for image, target in zip(images, targets):
         corners = (boxes.to_xyxy(target.boxes) * 64).round().int().tolist()
@@ -290,7 +292,7 @@ def emptied(target):
     return target._replace(labels=target.labels[:0], boxes=target.boxes[:0])
 
 
-ALL_PAIRS = [(name, queries) for name in model.DECODERS for queries in model.QUERIES]
+ALL_PAIRS = [(name, queries) for name in registry.DECODERS for queries in registry.QUERIES]
 
 
 @pytest.mark.parametrize("kind", ["focal", "tal", "align"])
@@ -316,7 +318,7 @@ def test_images_without_objects_are_a_normal_case(name, queries, empty, kind):
 
 # --- the whole: every model learns two images by heart --------------------------------------------
 
-OVERFIT = [(name, "two_stage", "focal") for name in model.DECODERS] + [
+OVERFIT = [(name, "two_stage", "focal") for name in registry.DECODERS] + [
     ("decoupled", "task_aware", "tal"), ("dac", "task_aware", "focal"),
     ("dac_release", "two_stage", "align")]
 

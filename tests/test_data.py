@@ -22,11 +22,11 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision import ops, tv_tensors
 
-from detr_min import coco_folder, data, shapes
+from detr_min.data import batches, coco_folder, dataset, shapes, transforms
 
 SAMPLE = pathlib.Path(os.environ.get("COCO_SAMPLE", "not set"))
 needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="COCO_SAMPLE names no folder")
-KEEP_SIZE = data.resize(60, 60)        # long side to 60 px, which nearly all pictures here have
+KEEP_SIZE = transforms.resize(60, 60)        # long side to 60 px, which nearly all pictures here have
 
 
 def annotation(id_, image_id, category_id, bbox, iscrowd=0):
@@ -62,14 +62,14 @@ def write(root, coco, split="val", layout="{}"):
 
 def to_pixels(picture):
     """A normalised image back to uint8 (h, w, 3)."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (transforms.MEAN, transforms.STD))
     return ((picture * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 # ---------------------------------------------------------------- what is read
 
 def test_target_worked_by_hand(tmp_path):
-    ds = data.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
     picture, target = ds[0]
     # dog, id 7 -> label 1: x 6..36 of 60, y 4..24 of 40: centre (.35, .35), size (.5, .5)
     # cat, id 3 -> label 0: x 30..45, y 10..30: centre (.625, .5), size (.25, .5)
@@ -84,7 +84,7 @@ def test_target_worked_by_hand(tmp_path):
 
 
 def test_categories_are_mapped_by_ascending_id_and_the_json_stays_whole(tmp_path):
-    ds = data.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
     assert ds.categories == [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"},
                              {"id": 90, "name": "bird"}]
     assert ds.image_ids == [11, 12, 13, 14]
@@ -93,15 +93,15 @@ def test_categories_are_mapped_by_ascending_id_and_the_json_stays_whole(tmp_path
 
 
 def test_image_without_objects_is_kept(tmp_path):
-    for transform in (KEEP_SIZE, data.flip_only(), data.multi_scale_and_crop(64, 100)):
-        ds = data.open_folder(write(tmp_path / str(id(transform)), GOOD), "val", transform)
+    for transform in (KEEP_SIZE, transforms.flip_only(), transforms.multi_scale_and_crop(64, 100)):
+        ds = dataset.open_folder(write(tmp_path / str(id(transform)), GOOD), "val", transform)
         target = ds[1][1]
         assert target.boxes.shape == (0, 4) and target.boxes.dtype == torch.float32
         assert target.labels.shape == (0,) and target.labels.dtype == torch.int64
 
 
 def test_json_without_any_annotation_is_no_error(tmp_path):
-    ds = data.open_folder(write(tmp_path, GOOD | {"annotations": []}), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, GOOD | {"annotations": []}), "val", KEEP_SIZE)
     assert [len(target.labels) for _, target in ds] == [0, 0, 0, 0]
 
 
@@ -114,7 +114,7 @@ def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path):
     coco = GOOD | {"annotations": [annotation(i, 12, 90, box) for i, box in enumerate(boxes, 1)]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # 3 of 8 leave the image
-        target = data.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)[1][1]
+        target = dataset.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)[1][1]
     expected = torch.tensor([[0, 0, 20, 20], [50, 30, 60, 40], [30.25, 20.25, 30.75, 20.75]])
     xyxy_px = ops.box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([60, 40, 60, 40])
     assert_close(xyxy_px, expected)
@@ -125,8 +125,8 @@ def test_boxes_are_clipped_and_those_without_area_dropped(tmp_path):
 def test_both_layouts(tmp_path, layout):
     write(tmp_path, GOOD, "train", layout)
     write(tmp_path, GOOD | {"images": GOOD["images"][:3], "annotations": []}, "val", layout)
-    assert len(data.open_folder(tmp_path, "train", data.flip_only())) == 4
-    assert len(data.open_folder(str(tmp_path), "val", data.flip_only())) == 3     # str or Path
+    assert len(dataset.open_folder(tmp_path, "train", transforms.flip_only())) == 4
+    assert len(dataset.open_folder(str(tmp_path), "val", transforms.flip_only())) == 3     # str or Path
 
 
 def test_ids_of_0_missing_keys_and_pycocotools_chatter(tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_ids_of_0_missing_keys_and_pycocotools_chatter(tmp_path, capsys):
     for number, a in enumerate(coco["annotations"]):
         a["id"] = number
         del a["iscrowd"], a["area"]
-    ds = data.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
     assert sorted(ds.coco.anns) == [1, 2, 3, 4, 5, 6]
     assert ds.coco.anns[1]["area"] == 600 and ds.coco.anns[1]["iscrowd"] == 0
     assert "info" in ds.coco.dataset
@@ -259,14 +259,14 @@ BROKEN = {
 def test_broken_json_is_refused_in_one_sentence(tmp_path, case):
     coco, sentence = BROKEN[case]
     with pytest.raises(coco_folder.DataError, match=sentence) as error:
-        data.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
+        dataset.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
     assert "instances_val.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
     def refused(sentence, split="val"):
         with pytest.raises(FileNotFoundError, match=sentence):
-            data.open_folder(tmp_path / "coco", split, KEEP_SIZE)
+            dataset.open_folder(tmp_path / "coco", split, KEEP_SIZE)
     refused("coco is no folder")
     write(tmp_path / "coco", GOOD)
     refused("instances_train2017.json nor .*instances_train.json exists; where only val", "train")
@@ -288,20 +288,20 @@ def test_boxes_of_another_format_are_warned_about(tmp_path, change):
     for a in coco["annotations"]:
         a["bbox"] = change(*a["bbox"])
     with pytest.warns(UserWarning, match="corners x1, y1, x2, y2 or in .0, 1.?"):
-        data.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
+        dataset.open_folder(write(tmp_path, coco), "val", KEEP_SIZE)
 
 
 def test_good_boxes_are_not_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
+        dataset.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
 
 
 def test_the_sentence_survives_a_worker_process(tmp_path):
-    ds = data.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
     (tmp_path / "val" / "13.png").write_bytes(b"spoiled after opening")
     loader = iter(torch.utils.data.DataLoader(ds, batch_sampler=[[(0, 2)], [(0, 1)]], num_workers=1,
-                                              collate_fn=data.collate))
+                                              collate_fn=batches.collate))
     with pytest.raises(coco_folder.DataError, match=r"13.png \(image id 13\) cannot be read"):
         next(loader)
     assert len(list(loader)) == 1                                    # the worker itself lives on
@@ -312,41 +312,41 @@ def test_the_sentence_survives_a_worker_process(tmp_path):
 def test_class_names_choose_images_in_train_and_targets_everywhere(tmp_path):
     write(tmp_path, GOOD, "train")
     write(tmp_path, GOOD, "val")
-    train = data.open_folder(tmp_path, "train", KEEP_SIZE, class_names=("cat", "bird"))
+    train = dataset.open_folder(tmp_path, "train", KEEP_SIZE, class_names=("cat", "bird"))
     assert train.categories == [{"id": 3, "name": "cat"}, {"id": 90, "name": "bird"}]
     assert train.image_ids == [11, 13, 14]
     assert [target.labels.tolist() for _, target in train] == [[0], [1], [0, 0]]
-    dogs = data.open_folder(tmp_path, "train", KEEP_SIZE, class_names=("dog",))
+    dogs = dataset.open_folder(tmp_path, "train", KEEP_SIZE, class_names=("dog",))
     assert dogs.image_ids == [11]
-    val = data.open_folder(tmp_path, "val", KEEP_SIZE, class_names=("dog",))
+    val = dataset.open_folder(tmp_path, "val", KEEP_SIZE, class_names=("dog",))
     assert [target.labels.tolist() for _, target in val] == [[0], [], [], []]
 
 
 def test_a_crowd_alone_makes_no_training_image(tmp_path):
     coco = GOOD | {"annotations": [annotation(1, 12, 3, [5, 5, 50, 30], iscrowd=1),
                                    annotation(2, 13, 3, [5, 5, 9, 9])]}
-    ds = data.open_folder(write(tmp_path, coco, "train"), "train", KEEP_SIZE, class_names=("cat",))
+    ds = dataset.open_folder(write(tmp_path, coco, "train"), "train", KEEP_SIZE, class_names=("cat",))
     assert ds.image_ids == [13]
 
 
 def test_subsets_are_seeded_nested_and_in_order(tmp_path):
     write(tmp_path, GOOD)
-    chosen = [data.open_folder(tmp_path, "val", KEEP_SIZE, n, seed=1).image_ids
+    chosen = [dataset.open_folder(tmp_path, "val", KEEP_SIZE, n, seed=1).image_ids
               for n in (1, 2, 3, 4)]
     assert [len(ids) for ids in chosen] == [1, 2, 3, 4]
     for smaller, larger in itertools.pairwise(chosen):
         assert set(smaller) < set(larger) and larger == sorted(larger)
-    assert data.open_folder(tmp_path, "val", KEEP_SIZE, 2, seed=1).image_ids == chosen[1]
-    others = [data.open_folder(tmp_path, "val", KEEP_SIZE, 2, seed=s).image_ids for s in range(8)]
+    assert dataset.open_folder(tmp_path, "val", KEEP_SIZE, 2, seed=1).image_ids == chosen[1]
+    others = [dataset.open_folder(tmp_path, "val", KEEP_SIZE, 2, seed=s).image_ids for s in range(8)]
     assert len({tuple(ids) for ids in others}) > 1
 
 
 def test_only_chosen_pictures_need_be_on_disk(tmp_path):
     write(tmp_path, GOOD)
-    [kept] = data.open_folder(tmp_path, "val", KEEP_SIZE, 1).image_ids
+    [kept] = dataset.open_folder(tmp_path, "val", KEEP_SIZE, 1).image_ids
     for i in {11, 12, 13, 14} - {kept}:
         (tmp_path / "val" / f"{i}.png").unlink()
-    assert len(data.open_folder(tmp_path, "val", KEEP_SIZE, 1)) == 1
+    assert len(dataset.open_folder(tmp_path, "val", KEEP_SIZE, 1)) == 1
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -378,9 +378,9 @@ def test_impossible_parts_are_refused(tmp_path):
             ({"class_names": ("birds",)}, r"no class 'birds', did you mean 'bird'\? It has: cat"),
             ({"class_names": ("cat", "zebra")}, r"no class 'zebra'\. It has: cat, dog, bird")):
         with pytest.raises(coco_folder.DataError, match=sentence):
-            data.open_folder(tmp_path, "train", KEEP_SIZE, **arguments)
+            dataset.open_folder(tmp_path, "train", KEEP_SIZE, **arguments)
     with pytest.raises(coco_folder.DataError, match="asked for 0 images of shapes"):
-        data.open_shapes("train", KEEP_SIZE, 0)
+        dataset.open_shapes("train", KEEP_SIZE, 0)
 
 
 # ---------------------------------------------------------------- chance
@@ -391,9 +391,9 @@ def same(a, b):
 
 def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
     write(tmp_path, GOOD)
-    transform = data.multi_scale_and_crop(64, 100)
-    ds = data.open_folder(tmp_path, "val", transform, seed=3)
-    again = data.open_folder(tmp_path, "val", transform, seed=3)
+    transform = transforms.multi_scale_and_crop(64, 100)
+    ds = dataset.open_folder(tmp_path, "val", transform, seed=3)
+    again = dataset.open_folder(tmp_path, "val", transform, seed=3)
     keys = [(epoch, i) for epoch in range(4) for i in range(4)]
     first = {key: ds[key] for key in keys}
     torch.manual_seed(99)
@@ -403,28 +403,28 @@ def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # and the global stream is where it was
     assert same(ds[2], first[0, 2])
     assert len({first[epoch, 0][0].shape for epoch in range(4)}) > 1
-    other = data.open_folder(tmp_path, "val", transform, seed=4)
+    other = dataset.open_folder(tmp_path, "val", transform, seed=4)
     assert not all(same(other[key], first[key]) for key in keys)
 
 
 def test_worker_processes_see_the_same_pictures():
-    ds = data.open_shapes("train", data.flip_only(), 6, size_px=48)
-    steps = data.batches(6, 2, 0, 0, 4)
+    ds = dataset.open_shapes("train", transforms.flip_only(), 6, size_px=48)
+    steps = batches.batches(6, 2, 0, 0, 4)
     loader = torch.utils.data.DataLoader(ds, batch_sampler=steps, num_workers=1,
-                                         collate_fn=data.collate)
+                                         collate_fn=batches.collate)
     for keys, (images, _, targets) in zip(steps, loader, strict=True):
         for key, picture, target in zip(keys, images, targets):
             assert same((picture, target), ds[key])
 
 
 def test_data_sets_can_be_sent_to_spawned_workers(tmp_path):
-    folder = data.open_folder(write(tmp_path, GOOD), "val", data.multi_scale_and_crop(64, 100))
-    for ds in (folder, data.open_shapes("val", data.flip_only(), 2, size_px=48)):
+    folder = dataset.open_folder(write(tmp_path, GOOD), "val", transforms.multi_scale_and_crop(64, 100))
+    for ds in (folder, dataset.open_shapes("val", transforms.flip_only(), 2, size_px=48)):
         assert same(pickle.loads(pickle.dumps(ds))[1, 1], ds[1, 1])
 
 
 def test_flip_moves_boxes_with_the_picture():
-    ds = data.open_shapes("train", data.flip_only(), 1, size_px=64)
+    ds = dataset.open_shapes("train", transforms.flip_only(), 1, size_px=64)
     plain = ds[0]
     flipped = next(ds[epoch, 0] for epoch in range(20) if not same(ds[epoch, 0], plain))
     assert_close(flipped[0], plain[0].flip(2))
@@ -448,7 +448,7 @@ def test_flip_moves_boxes_with_the_picture():
 def test_resize_worked_by_hand(size_px, expected):
     """DETR's numbers: a bounded short side is rounded, the long side then cut."""
     picture = tv_tensors.Image(torch.zeros(3, *size_px, dtype=torch.uint8))
-    assert data.resize(800, 1333)(picture).shape == (3, *expected)
+    assert transforms.resize(800, 1333)(picture).shape == (3, *expected)
 
 
 @pytest.mark.parametrize("size, max_size", [(800, 1333), (600, 1000), (256, 427), (128, 128)])
@@ -459,16 +459,16 @@ def test_resize_of_any_picture_in_fractions(size, max_size):
         short = round(min(size, max_size / ratio))
         sides = short, math.floor(short * ratio)
         expected = sides if h < w else sides[::-1]
-        assert data.resized_sides(h, w, size, max_size) == expected, (h, w)
+        assert transforms.resized_sides(h, w, size, max_size) == expected, (h, w)
 
 
 def test_resize_takes_boxes_along_and_leaves_a_pixel_of_the_thinnest():
     picture, objects = blank(40, 60)
-    picture, objects = data.resize(128, 128)(picture, objects)
+    picture, objects = transforms.resize(128, 128)(picture, objects)
     assert picture.shape == (3, 85, 127)                    # 85.3; 85 * 1.5 = 127.5
     assert_close(objects["boxes"].as_subclass(torch.Tensor),
                  torch.tensor([[1., 2., 9., 8.]]) * torch.tensor([127 / 60, 85 / 40]).repeat(2))
-    assert data.resize(60, 60)(tv_tensors.Image(torch.zeros(3, 1, 199))).shape == (3, 1, 199)
+    assert transforms.resize(60, 60)(tv_tensors.Image(torch.zeros(3, 1, 199))).shape == (3, 1, 199)
 
 
 def blank(h, w):
@@ -480,7 +480,7 @@ def blank(h, w):
 
 def test_multi_scale_sizes_are_detrs():
     """Without a crop a 480x640 picture keeps its 3:4, its short side is among 480, 512, ... 800."""
-    transform, shapes_px = data.multi_scale_and_crop(800, 1333), set()
+    transform, shapes_px = transforms.multi_scale_and_crop(800, 1333), set()
     for seed in range(40):
         torch.manual_seed(seed)
         h, w = transform(*blank(480, 640))[0].shape[1:]
@@ -494,7 +494,7 @@ def test_multi_scale_sizes_are_detrs():
 def test_scaled_down_crops_are_scaled_too():
     """At size 200 every number is a quarter: resize to 100, 125 or 150, crop 96 to 150."""
     seen = set()
-    crop = data.multi_scale_and_crop(200, 333).transforms[1].transforms[1].transforms[1]
+    crop = transforms.multi_scale_and_crop(200, 333).transforms[1].transforms[1].transforms[1]
     assert (crop.low, crop.high) == (96, 150)
     for seed in range(60):
         torch.manual_seed(seed)
@@ -503,7 +503,7 @@ def test_scaled_down_crops_are_scaled_too():
 
 
 def test_a_small_picture_is_cropped_to_what_it_has():
-    crop = data.RandomSizeCrop(384, 600)
+    crop = transforms.RandomSizeCrop(384, 600)
     h, w = crop(*blank(30, 500))[0].shape[1:]
     assert h == 30 and 384 <= w <= 500
 
@@ -516,7 +516,7 @@ def test_after_a_crop_boxes_still_lie_on_their_objects(tmp_path):
             "categories": [{"id": 5, "name": "white"}],
             "annotations": [annotation(1, 1, 5, [20, 30, 40, 40])]}
     Image.fromarray(pixels).save(write(tmp_path, coco) / "val" / "white.png")
-    ds = data.open_folder(tmp_path, "val", data.multi_scale_and_crop(96, 160))
+    ds = dataset.open_folder(tmp_path, "val", transforms.multi_scale_and_crop(96, 160))
     gone = 0
     for epoch in range(60):
         picture, target = ds[epoch, 0]
@@ -536,7 +536,7 @@ def test_after_a_crop_boxes_still_lie_on_their_objects(tmp_path):
 # ---------------------------------------------------------------- memory
 
 def test_pictures_are_decoded_once_and_only_while_there_is_room(tmp_path, monkeypatch):
-    ds = data.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
+    ds = dataset.open_folder(write(tmp_path, GOOD), "val", KEEP_SIZE)
     monkeypatch.setattr(data, "CACHE_BYTES", 2 * 3 * 40 * 60)        # room for two pictures
     first = [ds[i] for i in range(4)]
     assert list(ds.cache) == [11, 12] and ds.cached_bytes == 2 * 3 * 40 * 60
@@ -548,7 +548,7 @@ def test_pictures_are_decoded_once_and_only_while_there_is_room(tmp_path, monkey
 # ---------------------------------------------------------------- shapes
 
 def test_shapes_are_served_as_drawn(capsys):
-    ds = data.open_shapes("val", data.resize(96, 96), 3, size_px=96, seed=5)
+    ds = dataset.open_shapes("val", transforms.resize(96, 96), 3, size_px=96, seed=5)
     assert [category["name"] for category in ds.categories] == list(shapes.CLASSES)
     assert (len(ds), ds.image_ids, capsys.readouterr().out) == (3, [1, 2, 3], "")
     for i in range(3):
@@ -562,17 +562,17 @@ def test_shapes_are_served_as_drawn(capsys):
 
 def test_a_written_shapes_folder_reads_the_same(tmp_path):
     shapes.write_folder(tmp_path, 2, 2, size_px=48)
-    folder = data.open_folder(tmp_path, "train", data.flip_only())
-    drawn = data.open_shapes("train", data.flip_only(), 2, size_px=48)
+    folder = dataset.open_folder(tmp_path, "train", transforms.flip_only())
+    drawn = dataset.open_shapes("train", transforms.flip_only(), 2, size_px=48)
     assert all(same(folder[epoch, i], drawn[epoch, i]) for epoch in range(3) for i in range(2))
 
 
 # ---------------------------------------------------------------- batches
 
 def test_collate_pads_right_and_bottom():
-    target = data.Target(torch.tensor([1]), torch.tensor([[0.5, 0.4, 0.3, 0.2]]), 7, (2, 3))
+    target = dataset.Target(torch.tensor([1]), torch.tensor([[0.5, 0.4, 0.3, 0.2]]), 7, (2, 3))
     small, wide = torch.rand(3, 4, 2) + 1, torch.rand(3, 3, 5) + 1
-    images, is_pad, targets = data.collate([(small, target), (wide, target)])
+    images, is_pad, targets = batches.collate([(small, target), (wide, target)])
     assert images.shape == (2, 3, 4, 5) and is_pad.shape == (2, 4, 5) and is_pad.dtype == torch.bool
     assert_close(images[0, :, :4, :2], small)
     assert_close(images[1, :, :3, :5], wide)
@@ -581,27 +581,27 @@ def test_collate_pads_right_and_bottom():
 
 
 def test_each_epoch_is_one_permutation_across_batch_borders():
-    steps = data.batches(5, 2, seed=1, first_step=0, last_step=10)   # 20 slots = 4 epochs of 5
+    steps = batches.batches(5, 2, seed=1, first_step=0, last_step=10)   # 20 slots = 4 epochs of 5
     flat = [key for step in steps for key in step]
     assert all(len(step) == 2 for step in steps)
     assert [epoch for epoch, _ in flat] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     orders = [tuple(i for e, i in flat if e == epoch) for epoch in range(4)]
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len(set(orders)) > 1
-    assert flat != [key for step in data.batches(5, 2, 2, 0, 10) for key in step]
+    assert flat != [key for step in batches.batches(5, 2, 2, 0, 10) for key in step]
 
 
 def test_a_resumed_run_and_several_ranks_see_the_same_steps():
-    whole = data.batches(7, 4, 0, 0, 9)
-    assert data.batches(7, 4, 0, 0, 4) + data.batches(7, 4, 0, 4, 9) == whole
-    shares = [data.batches(7, 4, 0, 0, 9, rank, 2) for rank in range(2)]
+    whole = batches.batches(7, 4, 0, 0, 9)
+    assert batches.batches(7, 4, 0, 0, 4) + batches.batches(7, 4, 0, 4, 9) == whole
+    shares = [batches.batches(7, 4, 0, 0, 9, rank, 2) for rank in range(2)]
     assert [a + b for a, b in zip(*shares)] == whole
-    assert data.batches(2, 5, 0, 0, 1)[0][4][0] == 2                 # three epochs in one batch
+    assert batches.batches(2, 5, 0, 0, 1)[0][4][0] == 2                 # three epochs in one batch
 
 
 def test_batches_that_cannot_be_shared_are_refused():
     for batch_size, world in ((5, 2), (0, 1)):
         with pytest.raises(ValueError, match=f"batch of {batch_size} cannot be shared .* {world} "):
-            data.batches(7, batch_size, 0, 0, 1, world=world)
+            batches.batches(7, batch_size, 0, 0, 1, world=world)
 
 
 # ---------------------------------------------------------------- sample data
@@ -609,7 +609,7 @@ def test_batches_that_cannot_be_shared_are_refused():
 @needs_sample
 def test_every_edge_case_is_read_right():
     root = SAMPLE / "coco_edge_cases_synthetic"
-    ds = data.open_folder(root, "val", data.resize(128, 128))
+    ds = dataset.open_folder(root, "val", transforms.resize(128, 128))
     expected = json.loads((root / "expected.json").read_text())
     assert len(ds) == len(expected) == 21 and len(ds.categories) == 80
     for (picture, target), case in zip(ds, expected, strict=True):
@@ -618,7 +618,7 @@ def test_every_edge_case_is_read_right():
         assert_close(ops.box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([w, h, w, h]),
                      torch.tensor(case["valid_boxes_xyxy"], dtype=torch.float32).reshape(-1, 4),
                      atol=1e-4, rtol=0)                              # pixels, from float32 [0, 1]
-        assert picture.shape[1:] == data.resized_sides(h, w, 128, 128) and picture.isfinite().all()
+        assert picture.shape[1:] == transforms.resized_sides(h, w, 128, 128) and picture.isfinite().all()
     with Image.open(root / "val" / "15_gray16.png") as stored:
         expected = np.asarray(stored).mean() / 257                   # clipped it would be above 240
     assert abs(to_pixels(ds[14][0]).mean() - expected) < 1
@@ -657,9 +657,9 @@ def test_every_broken_file_is_caught_by_name(tmp_path, name):
         root.resolve() / "annotations" / "broken" / f"{name}.json")
     if moment == "open":
         with pytest.raises((coco_folder.DataError, FileNotFoundError), match=sentence):
-            data.open_folder(tmp_path, "val", KEEP_SIZE)
+            dataset.open_folder(tmp_path, "val", KEEP_SIZE)
         return
-    ds = data.open_folder(tmp_path, "val", KEEP_SIZE)
+    ds = dataset.open_folder(tmp_path, "val", KEEP_SIZE)
     if moment == "read":
         with pytest.raises(coco_folder.DataError, match=sentence):
             ds[0]
@@ -672,9 +672,9 @@ def test_every_broken_file_is_caught_by_name(tmp_path, name):
     ("bccd", 292, 72, 3), ("coco_cc", 92, 66, 80), ("tiny_fixture", 8, 4, 17)])
 def test_sample_folders_are_read(name, num_train, num_val, num_classes):
     for split, num_images in (("train", num_train), ("val", num_val)):
-        ds = data.open_folder(SAMPLE / name, split, data.multi_scale_and_crop(128, 213))
+        ds = dataset.open_folder(SAMPLE / name, split, transforms.multi_scale_and_crop(128, 213))
         assert len(ds) == num_images and len(ds.categories) == num_classes
-        images, is_pad, targets = data.collate([ds[3, i] for i in range(4)])
+        images, is_pad, targets = batches.collate([ds[3, i] for i in range(4)])
         assert images.shape[2:] == is_pad.shape[1:] and max(images.shape) <= 213
         for target in targets:
             xyxy = ops.box_convert(target.boxes, "cxcywh", "xyxy")

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, boxes, decoder_base, encoder, proposals, query_gen
+from detr_min import attention, boxes, decoder_base, encoder, proposals
+from detr_min.release import deformable
 
 EXACT = dict(atol=1e-12, rtol=0)
 SHAPES = [(4, 6), (2, 3)]
@@ -43,7 +44,7 @@ def a_memory(shapes=SHAPES):
 
 def some_queries(size=4):
     """One set of random queries with boxes, or points, as references."""
-    return query_gen.Queries(random(1, B, N, D, seed=1), random(1, B, N, D, seed=2),
+    return proposals.Queries(random(1, B, N, D, seed=1), random(1, B, N, D, seed=2),
                              random(B, N, size, seed=3).sigmoid(), None)
 
 
@@ -104,7 +105,7 @@ def test_self_attention_mixes_queries_and_cross_attention_does_not():
     assert change[0] > 1e-2 and (change[1:] == 0).all()
 
 
-@pytest.mark.parametrize("cls", [decoder_base.Decoder, decoder_base.FixedReferenceDecoder])
+@pytest.mark.parametrize("cls", [decoder_base.Decoder, deformable.FixedReferenceDecoder])
 def test_every_answer_depends_on_every_query(cls):
     """Duplicates can only be told apart by looking at one another."""
     queries, decoder, memory = some_queries(2), a_decoder(cls), a_memory()
@@ -117,7 +118,7 @@ def test_every_answer_depends_on_every_query(cls):
 def test_the_order_of_queries_does_not_matter():
     queries, decoder, memory = some_queries(), a_decoder(), a_memory()
     order = torch.tensor([3, 0, 4, 2, 1])
-    shuffled = query_gen.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+    shuffled = proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
                                  queries.ref_boxes[:, order], None)
     for x, y in zip(decoder.o_decoder(queries, memory), decoder.o_decoder(shuffled, memory)):
         assert_close(y.logits, x.logits[:, order], **EXACT)
@@ -141,7 +142,7 @@ def test_boxes_worked_by_hand():
     for prediction, box in zip(answer, [0.75, 0.2, 0.5], strict=True):
         assert_close(prediction.boxes, torch.full((B, N, 4), box, dtype=torch.float64), **EXACT)
     # not refined, each starts from the same .5: + log 3 -> 3/4, - log 12 -> 1/13, + log 4 -> 4/5
-    fixed = a_decoder(decoder_base.FixedReferenceDecoder)
+    fixed = a_decoder(deformable.FixedReferenceDecoder)
     fixed = steps(fixed, [math.log(3), -math.log(12), math.log(4)])
     answer = fixed.o_decoder(queries, a_memory())
     for prediction, box in zip(answer, [3 / 4, 1 / 13, 4 / 5], strict=True):
@@ -164,7 +165,7 @@ def test_o_decoder_by_definition():
         assert_close(prediction.boxes, refs, **EXACT)
 
 
-@pytest.mark.parametrize("cls", [decoder_base.Decoder, decoder_base.FixedReferenceDecoder])
+@pytest.mark.parametrize("cls", [decoder_base.Decoder, deformable.FixedReferenceDecoder])
 def test_where_each_layer_looks(cls):
     """Refined: around the box of the layer before, detached. Fixed: around the first points."""
     decoder, queries, seen = a_decoder(cls), some_queries(2), []
@@ -216,7 +217,7 @@ def test_gradients_reach_every_parameter():
 def test_padding_changes_nothing():
     """Encoder, two-stage queries and decoder: an image alone, or in a batch with a larger one."""
     net = randomise(encoder.Encoder(1, D, 2, 2, 3, 16))
-    ask = randomise(query_gen.TwoStageQueries(4, D, C, 1), seed=3)
+    ask = randomise(proposals.TwoStageQueries(4, D, C, 1), seed=3)
     decoder = a_decoder()
     features = [random(B, D, 8, 12, seed=5), random(B, D, 4, 6, seed=6)]
     is_pad = torch.zeros(B, 64, 96, dtype=torch.bool)

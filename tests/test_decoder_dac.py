@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import attention, boxes, decoder_base, decoder_dac, query_gen
+from detr_min import attention, boxes, decoder_base, decoder_dac, proposals
+from detr_min.release import deformable
 
 SIZES = dict(num_layers=3, d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48,
              num_classes=3)
@@ -34,7 +35,7 @@ def a_memory(generator):
 def some_queries(generator):
     content, pos = torch.randn(2, 1, 2, N, 32, generator=generator, dtype=torch.float64)
     ref_boxes = torch.rand(2, N, 4, generator=generator, dtype=torch.float64) * .6 + .2
-    return query_gen.Queries(content, pos, ref_boxes, proposals=None)
+    return proposals.Queries(content, pos, ref_boxes, proposals=None)
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_o_decoder_queries_all_answer(decoder, generator):
 
 def test_o_decoder_and_c_decoder_follow_a_permutation_of_queries(decoder, generator):
     queries, memory, order = some_queries(generator), a_memory(generator), torch.randperm(N)
-    permuted = query_gen.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+    permuted = proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
                                  queries.ref_boxes[:, order], None)
     for run in (decoder.o_decoder, decoder.c_decoder):
         for before, after in zip(run(queries, memory), run(permuted, memory)):
@@ -202,7 +203,7 @@ def test_fixed_references_are_the_ablation(generator):
     """FixedReferenceDecoder takes the same weights; layer 1 is the same, layer 2 is not."""
     queries, memory = some_queries(generator), a_memory(generator)
     base = helpers.shaken(decoder_base.Decoder(**SIZES), generator)
-    fixed = decoder_base.FixedReferenceDecoder(**SIZES).double()
+    fixed = deformable.FixedReferenceDecoder(**SIZES).double()
     fixed.load_state_dict(base.state_dict())
     a, b = base.o_decoder(queries, memory), fixed.o_decoder(queries, memory)
     assert_close(a[0], b[0], atol=0, rtol=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import attention, boxes, decoder_base, decoder_decoupled, query_gen
+from detr_min import attention, boxes, decoder_base, decoder_decoupled_deformable, proposals
 
 SHAPE = dict(d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48)
 SIZES = dict(num_layers=3, num_classes=3, **SHAPE)
@@ -23,12 +23,12 @@ def a_memory(generator):
 def some_queries(generator):
     content, pos = torch.randn(2, 2, 2, N, 32, generator=generator, dtype=torch.float64)
     ref_boxes = torch.rand(2, N, 4, generator=generator, dtype=torch.float64) * .6 + .2
-    return query_gen.Queries(content, pos, ref_boxes, proposals=None)
+    return proposals.Queries(content, pos, ref_boxes, proposals=None)
 
 
 @pytest.fixture
 def decoder(generator):
-    return helpers.shaken(decoder_decoupled.DACDecoupledDecoder(**SIZES), generator)
+    return helpers.shaken(decoder_decoupled_deformable.DACDecoupledDecoder(**SIZES), generator)
 
 
 def gradient_sizes(number, module):
@@ -86,7 +86,7 @@ def test_both_decoders_are_the_two_passes(decoder, generator):
 def test_split_decoder_is_two_decoders(generator):
     """[SD Eq. 2]  Logits from whole baseline layers on one set, boxes from others on the other."""
     queries, memory = some_queries(generator), a_memory(generator)
-    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled_deformable.SplitDecoder(**SIZES), generator)
     x, ref = list(queries.content), queries.ref_boxes
     for depth, p in enumerate(split.o_decoder(queries, memory)):
         layers = split.layers[depth]["cls"], split.layers[depth]["loc"]
@@ -101,7 +101,7 @@ def test_split_decoder_is_two_decoders(generator):
 def test_tied_branches_and_equal_queries_are_the_baseline_layer(generator):
     """[SD Eq. 3] (a)  Every key and value twice leaves the softmax's mean where it was."""
     base = helpers.shaken(decoder_base.DecoderLayer(**SHAPE), generator)
-    layer = decoder_decoupled.DecoderLayer(**SHAPE).double()
+    layer = decoder_decoupled_deformable.DecoderLayer(**SHAPE).double()
     layer.self_attn.load_state_dict(base.self_attn.state_dict())
     layer.norm_self.load_state_dict(base.norm_self.state_dict())
     for branch in (layer.cls, layer.loc):
@@ -134,7 +134,7 @@ def test_permuting_the_pairs_permutes_the_answers(decoder, generator, run):
     """[SD Eq. 3] (b)"""
     queries, memory = some_queries(generator), a_memory(generator)
     order = torch.tensor([3, 5, 0, 1, 4, 2])
-    permuted = query_gen.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+    permuted = proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
                                  queries.ref_boxes[:, order], None)
     before, after = getattr(decoder, run)(queries, memory), getattr(decoder, run)(permuted, memory)
     for b, a in zip(before, after):
@@ -160,7 +160,7 @@ def test_each_task_trains_its_own_branch_of_the_last_layer(decoder, generator):
 
 def test_split_decoder_lets_nothing_through_in_any_layer(generator):
     """[SD Eq. 2]  Between the two decoders only reference boxes pass, and those are detached."""
-    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled_deformable.SplitDecoder(**SIZES), generator)
     queries, memory = some_queries(generator), a_memory(generator)
     predictions = split.o_decoder(queries, memory)
     from_cls = gradient_sizes(predictions[-1].logits.square().sum(), split)
@@ -206,7 +206,7 @@ def test_boxes_are_read_off_localization_and_classes_off_classification(decoder,
 
 def test_look_forward_twice(decoder, generator):
     """[DINO Sec. 3.5]  A box loss trains its own layer's box head and the one before, no more."""
-    split = helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
+    split = helpers.shaken(decoder_decoupled_deformable.SplitDecoder(**SIZES), generator)
     queries, memory = some_queries(generator), a_memory(generator)
     for module, run in ((decoder, decoder.o_decoder), (decoder, decoder.c_decoder),
                         (split, split.o_decoder)):
@@ -227,11 +227,11 @@ def test_parameters_at_the_size_of_the_paper():
     sizes = dict(num_layers=6, d_model=256, num_heads=8, num_levels=4, num_points=4, d_ffn=2048,
                  num_classes=91)
     base, decoupled, split = (cls(**sizes) for cls in (
-        decoder_base.Decoder, decoder_decoupled.DecoupledDecoder, decoder_decoupled.SplitDecoder))
+        decoder_base.Decoder, decoder_decoupled_deformable.DecoupledDecoder, decoder_decoupled_deformable.SplitDecoder))
     layer = base.layers[0]
     private = count(layer) - count(layer.self_attn) - count(layer.norm_self)
     assert count(decoupled) - count(base) == 6 * private
     assert count(split) - count(base) == 6 * count(layer)
-    both = decoder_decoupled.DACDecoupledDecoder(**sizes)           # the C-pass owns nothing
+    both = decoder_decoupled_deformable.DACDecoupledDecoder(**sizes)           # the C-pass owns nothing
     assert {k: v.shape for k, v in both.state_dict().items()} == {
         k: v.shape for k, v in decoupled.state_dict().items()}

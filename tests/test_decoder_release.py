@@ -5,12 +5,13 @@ import torch
 from test_decoder_dac import SIZES, N, a_memory, nudge_query_0, some_queries
 from torch.testing import assert_close
 
-from detr_min import decoder_dac, decoder_release
+from detr_min import decoder_dac
+from detr_min.release import dac_release
 
 
 @pytest.fixture
 def decoder(generator):
-    return helpers.shaken(decoder_release.DACReleaseDecoder(**SIZES), generator)
+    return helpers.shaken(dac_release.DACReleaseDecoder(**SIZES), generator)
 
 
 def test_layer_1_is_the_same_in_both_decoders_and_layer_2_is_not(decoder, generator):

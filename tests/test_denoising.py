@@ -5,7 +5,10 @@ from test_criterion import emptied, two_pictures
 from torch import nn
 from torch.testing import assert_close
 
-from detr_min import boxes, config, criterion, data, denoising, model, query_gen
+from detr_min import boxes, criterion, proposals
+from detr_min.data import dataset
+from detr_min.release import denoising
+from detr_min.run import config, registry
 
 SIZES = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1, decoder_layers=2,
              num_queries=8, num_classes=3, num_levels=3, dn_number=4)
@@ -17,14 +20,14 @@ def seeded(seed=0):
 
 def targets_(*objects, C=3):
     generator = seeded()
-    return [data.Target(torch.randint(C, (M,), generator=generator),
+    return [dataset.Target(torch.randint(C, (M,), generator=generator),
                         torch.rand(M, 4, generator=generator) * .3 + .35, i, (64, 64))
             for i, M in enumerate(objects)]
 
 
 def detector_(name="dac", queries="two_stage", **sizes):
     torch.manual_seed(0)
-    detector = model.build(config.preset("shapes", model=name, queries=queries,
+    detector = registry.build(config.preset("shapes", model=name, queries=queries,
                                          **{**SIZES, **sizes})).train()
     with torch.no_grad():                   # off their initial values: box heads start at zero
         for parameter in (*detector.decoder.parameters(), *detector.queries.parameters()):
@@ -99,7 +102,7 @@ def test_corners_move_by_less_than_one_or_one_to_two_noises_of_half_a_side():
 
 
 def test_noisy_boxes_are_clamped_to_the_image_and_keep_an_area():
-    target = data.Target(torch.tensor([0]), torch.tensor([[.5, .5, 1., 1.]]), 0, (64, 64))
+    target = dataset.Target(torch.tensor([0]), torch.tensor([[.5, .5, 1., 1.]]), 0, (64, 64))
     noisy = denoising.noisy_copies([target], 3, seeded())
     corners = boxes.to_xyxy(noisy.boxes)
     assert corners.min() >= 0 and corners.max() <= 1 + 1e-6 and noisy.boxes[..., 2:].min() > .1
@@ -152,7 +155,7 @@ def test_prepend_puts_them_in_front():
     targets = targets_(2, 1)
     noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
     label_embed, pos = nn.Embedding(4, 6), torch.randn(2, 8, 6)
-    plain = query_gen.Queries(torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6),
+    plain = proposals.Queries(torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6),
                               torch.rand(2, 5, 4), None)
     queries = denoising.prepend(noisy, plain, label_embed, pos)
     for one_set in range(2):
@@ -219,7 +222,7 @@ def test_groups_are_independent(name):
 def test_positions_and_references_come_from_the_noisy_boxes():
     """Untrained, layer 1 answers with its reference: the noisy box itself."""
     torch.manual_seed(0)
-    detector = model.build(config.preset("shapes", **SIZES)).train()
+    detector = registry.build(config.preset("shapes", **SIZES)).train()
     images, is_pad, targets = two_pictures()
     noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
     output = detector(images, is_pad, noisy)
@@ -241,7 +244,7 @@ def test_a_noisy_box_has_the_position_that_any_query_with_this_box_has(monkeypat
 
 
 def test_without_denoising_there_is_no_label_embedding():
-    assert model.build(config.preset("shapes")).label_embed is None
+    assert registry.build(config.preset("shapes")).label_embed is None
     assert detector_().label_embed.weight.shape == (4, 32)              # classes + 1, as released
 
 
@@ -305,7 +308,7 @@ def test_images_without_objects_are_a_normal_case(name, queries, empty):
 def test_noise_is_restored_better_after_some_training():
     """Two images, 100 steps: the denoised boxes come closer than the noisy ones were."""
     torch.manual_seed(0)
-    detector = model.build(config.preset("shapes", model="dac_release", **SIZES)).train()
+    detector = registry.build(config.preset("shapes", model="dac_release", **SIZES)).train()
     images, is_pad, targets = two_pictures()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     for step in range(100):

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 import eval as eval_program
-from detr_min import config, criterion, data, matcher, model, tal_loss
+from detr_min import criterion, matcher, tal_loss
+from detr_min.data import dataset, transforms
+from detr_min.run import config, registry
 from test_imports import ORDER
 from test_readme_map import ROOT
 
@@ -123,13 +125,13 @@ def test_steps_and_exercises_of_the_reading_path_are_all_there():
 
 def tiny(name):
     torch.manual_seed(0)
-    return model.build(config.preset("shapes", model=name, d_model=32, num_heads=4, num_points=2,
+    return registry.build(config.preset("shapes", model=name, d_model=32, num_heads=4, num_points=2,
                                      d_ffn=32, decoder_layers=2, num_queries=8)).eval()
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return data.open_shapes("val", data.resize(64, 64), 3, size_px=64)
+    return dataset.open_shapes("val", transforms.resize(64, 64), 3, size_px=64)
 
 
 def boxes_of(axes, style):

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detr_min import attention, boxes, config, data, draw, model
+from detr_min import attention, boxes, model
+from detr_min.data import dataset, transforms
+from detr_min.run import config, draw, registry
 
 NAMES = ["ellipse", "rectangle", "triangle", "diamond"]
 
@@ -35,7 +37,7 @@ def rectangles(axes):
 
 
 def test_predictions_show_objects_and_what_scores_enough(tmp_path):
-    dataset = data.open_shapes("val", data.resize(64, 64), 5, size_px=128)
+    dataset = dataset.open_shapes("val", transforms.resize(64, 64), 5, size_px=128)
     figure = draw.predictions(TwoBoxes(), dataset, tmp_path / "a.png", num_images=3, threshold=0.5)
     check_png(tmp_path / "a.png")
     assert len(figure.axes) == 3
@@ -50,7 +52,7 @@ def test_predictions_show_objects_and_what_scores_enough(tmp_path):
 
 
 def test_predictions_at_a_lower_threshold_have_a_colour_for_each_class(tmp_path):
-    dataset = data.open_shapes("val", data.resize(64, 64), 9)
+    dataset = dataset.open_shapes("val", transforms.resize(64, 64), 9)
     figure = draw.predictions(TwoBoxes(), dataset, tmp_path / "a.png", threshold=0.2)
     assert len(figure.axes) == 8                        # in two rows of four
     found = [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "-"]
@@ -104,7 +106,7 @@ def test_curves_of_a_run_that_was_stopped_at_once(tmp_path):
 
 def tiny(name, **changes):
     torch.manual_seed(0)
-    return model.build(config.preset("shapes", model=name, d_model=32, num_heads=4, num_points=2,
+    return registry.build(config.preset("shapes", model=name, d_model=32, num_heads=4, num_points=2,
                                      d_ffn=32, decoder_layers=2, num_queries=6, **changes))
 
 
@@ -113,7 +115,7 @@ def tiny(name, **changes):
     ("decoupled", ["classification branch", "localization branch"] * 3)])
 def test_sampling_points_of_each_branch(tmp_path, name, titles):
     detector = tiny(name).train()
-    image, _ = data.open_shapes("val", data.resize(64, 64), 1)[0]
+    image, _ = dataset.open_shapes("val", transforms.resize(64, 64), 1)[0]
     figure = draw.sampling_points(detector, image, torch.zeros(64, 64, dtype=torch.bool),
                                   tmp_path / "a.png", NAMES)
     check_png(tmp_path / "a.png")

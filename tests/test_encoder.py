@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, encoder, position
+from detr_min import attention, encoder
 
 EXACT = dict(atol=1e-12, rtol=0)
 SHAPES = [(4, 6), (2, 3)]
@@ -98,7 +98,7 @@ def test_what_the_layers_are_given():
     is_pad = padding(32, 48, [(32, 48), (20, 40)])
     memory = net(random_features(), is_pad)
     pads = [is_pad[:, ::8, ::8], is_pad[:, ::16, ::16]]
-    expected = torch.cat([position.of_cells(pad, 8).flatten(1, 2) + net.level_embed[level]
+    expected = torch.cat([encoder.cell_positions(pad, 8).flatten(1, 2) + net.level_embed[level]
                           for level, pad in enumerate(pads)], dim=1)
     centres = encoder.cell_centres(SHAPES, memory.valid_ratios)
     for _, memory_pos, references in seen:

@@ -11,7 +11,8 @@ from PIL import Image
 
 import eval as program
 import train
-from detr_min import checkpoints, coco_folder, config, model, runs, shapes
+from detr_min.data import coco_folder, shapes
+from detr_min.run import checkpoints, config, registry
 
 
 def two_steps(folder, *more):
@@ -147,7 +148,7 @@ def test_a_published_file_needs_to_be_told_its_data(tmp_path):
     sizes = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=1,
                  num_queries=5, backbone="convnet", num_classes=91)
     cfg = config.preset("paper_r50", **sizes)               # as published.convert makes it
-    detector = model.build(cfg)
+    detector = registry.build(cfg)
     checkpoints.save(tmp_path / "released.pth", detector, torch.optim.SGD(detector.parameters()),
                      cfg, coco_folder.all_ids(), {"step": 0})
     with pytest.raises(ValueError, match="released.pth .*give --coco DIR or --photos FILE"):

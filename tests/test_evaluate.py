@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from detr_min import boxes, coco_folder, data, evaluate, model
+from detr_min import boxes, model
+from detr_min.data import coco_folder, dataset
+from detr_min.run import evaluate
 
 # Images 11, 22, 33 of 100 x 80 pixels, their objects as (category_id, x, y, w, h); ids have gaps.
 OBJECTS = {11: [(3, 10, 10, 40, 20), (7, 60, 30, 30, 40)], 22: [(90, 5, 5, 50, 50)],
@@ -92,7 +94,7 @@ class Pictures(torch.utils.data.Dataset):
         image[0, y * scale:(y + h) * scale, x * scale:(x + w) * scale] = 1
         image[1] = label
         box = torch.tensor([[(x + w / 2) / 100, (y + h / 2) / 80, w / 100, h / 80]])
-        return image, data.Target(torch.tensor([label]), box, self.image_ids[i], (80, 100))
+        return image, dataset.Target(torch.tensor([label]), box, self.image_ids[i], (80, 100))
 
 
 # ---- detect ----

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from detr_min import matcher
+from detr_min.release import dac_release
 
 
 def random_image(seed, N, M, C=3):
@@ -272,7 +273,7 @@ def test_one_to_many_lets_a_query_gather_where_one_to_one_does_not():
 # --- one-to-many as the release has it ------------------------------------------------------------
 
 def released(quality, **arguments):
-    query_idx, gt_idx = matcher.one_to_many_release(quality, **arguments)
+    query_idx, gt_idx = dac_release.one_to_many(quality, **arguments)
     assert query_idx.dtype == gt_idx.dtype == torch.int64
     pairs = list(zip(query_idx.tolist(), gt_idx.tolist()))
     assert pairs == sorted(pairs)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import config, model
+from detr_min.run import config, registry
 
 TINY = dict(d_model=32, num_heads=2, num_points=2, d_ffn=32, decoder_layers=2, num_queries=9)
 VARIANTS = [("dac", "two_stage"), *(pytest.param(*names, marks=pytest.mark.slow) for names in (
@@ -21,7 +21,7 @@ def a_batch(seed):
 def a_detector(name, queries):
     """In eval mode; its weights off their start, so that no term is zero."""
     torch.manual_seed(0)
-    detector = model.build(config.preset("shapes", model=name, queries=queries, **TINY)).eval()
+    detector = registry.build(config.preset("shapes", model=name, queries=queries, **TINY)).eval()
     with torch.no_grad():
         for parameter in detector.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -35,8 +35,8 @@ def assert_same(found, wanted):
         assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("queries", model.QUERIES)
-@pytest.mark.parametrize("name", model.DECODERS)
+@pytest.mark.parametrize("queries", registry.QUERIES)
+@pytest.mark.parametrize("name", registry.DECODERS)
 @torch.no_grad()
 def test_bf16_is_near_full_precision(name, queries):
     """Every pair, both decoders. Proposals differ by rounding; the N best of them may be others."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from detr_min import config, optim
+from detr_min.run import config, optim
 
 
 class Net(nn.Module):

@@ -13,7 +13,9 @@ import torch
 import torchvision.ops as ops
 
 import eval as program
-from detr_min import checkpoints, coco_folder, config, evaluate, model, published, shapes
+from detr_min.data import coco_folder, shapes
+from detr_min.release import published
+from detr_min.run import checkpoints, config, evaluate, registry
 
 D, FFN, N, LAYERS = 32, 48, 60, 2               # small; the release has 256, 2048, 900, 6
 CASES = ["dac", "two_stage", "refined", "plain"]
@@ -221,7 +223,7 @@ def test_every_tensor_is_used_once(case, body, tmp_path):
     assert len(answer) == LAYERS
     assert answer[-1].logits.shape == (2, N, 91) and answer[-1].boxes.shape == (2, N, 4)
     assert all(t.isfinite().all() for layer in answer for t in layer)
-    again = model.build(config.from_dict(checkpoints.dataclasses.asdict(cfg)))
+    again = registry.build(config.from_dict(checkpoints.dataclasses.asdict(cfg)))
     again.load_state_dict(detector.state_dict())                    # the config alone rebuilds it
     assert torch.equal(again.eval()(*padded_batch()).o_decoder[-1].boxes, answer[-1].boxes)
 
@@ -387,7 +389,7 @@ def test_strange_content_is_refused_in_a_sentence(case, program_part, tmp_path):
         if program_part == "load_model":
             checkpoints.load_model(tmp_path / "some.pth")
         else:
-            checkpoints.init_from(model.build(config.preset("shapes")), [{"id": 1, "name": "cat"}],
+            checkpoints.init_from(registry.build(config.preset("shapes")), [{"id": 1, "name": "cat"}],
                                   tmp_path / "some.pth")
 
 
@@ -446,7 +448,7 @@ def test_a_run_on_other_classes_starts_from_a_published_file(tmp_path):
     cfg = checkpoints.load_model(path).config
     changes = dict(model="dac", num_classes=2, num_queries=N, d_model=D, d_ffn=FFN,
                    encoder_layers=LAYERS, decoder_layers=LAYERS, swin=cfg.recipe.swin)
-    detector = model.build(config.preset("paper_swin_l", **changes))
+    detector = registry.build(config.preset("paper_swin_l", **changes))
     cats = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     left = checkpoints.init_from(detector, cats, path)
     assert left == sorted(
@@ -457,7 +459,7 @@ def test_a_run_on_other_classes_starts_from_a_published_file(tmp_path):
                        state[f"class_embed.{LAYERS}.weight"][0])
     assert torch.equal(detector.queries.content[0], state["query_embed.weight"])
     own_names = coco_folder.all_ids()
-    detector = model.build(config.preset("paper_swin_l", **{**changes, "num_classes": 91}))
+    detector = registry.build(config.preset("paper_swin_l", **{**changes, "num_classes": 91}))
     assert checkpoints.init_from(detector, own_names, path) == []
 
 
@@ -469,7 +471,7 @@ def test_a_swin_backbone_starts_from_the_swin_repositorys_imagenet_file(tmp_path
             "layers.0.blocks.1.attn_mask": torch.ones(4, 9, 9)}
     torch.save({"model": {**backbone, **more}}, tmp_path / "swin.pth")
     size = published.config_of(random_state(key_table("dac")), {}).recipe.swin
-    detector = model.build(config.preset("paper_swin_l", swin=size, d_model=D, d_ffn=FFN,
+    detector = registry.build(config.preset("paper_swin_l", swin=size, d_model=D, d_ffn=FFN,
                                          encoder_layers=1, decoder_layers=1, num_queries=9))
     left = checkpoints.init_from(detector, [{"id": 1, "name": "cat"}], tmp_path / "swin.pth")
     norms = [f"backbone.norms.{i}.{kind}" for i in range(3) for kind in ("bias", "weight")]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import position, query_gen
+from detr_min import boxes, proposals
+from detr_min.release import deformable
 
 EXACT = dict(atol=1e-12, rtol=0)
 D, C = 8, 3
@@ -20,7 +21,7 @@ def a_memory(**shape):
 
 def test_learned_queries():
     """[Deformable DETR Sec. 4.1] the same for every image; the point is read off the position."""
-    ask = helpers.randomise(query_gen.LearnedQueries(5, D, 4, num_sets=2))
+    ask = helpers.randomise(deformable.LearnedQueries(5, D, 4, num_sets=2))
     queries = ask(a_memory())
     pos, content = ask.pos_and_content[:, :D], ask.pos_and_content[:, D:]
     linear = ask.reference_points
@@ -37,7 +38,7 @@ def test_learned_queries():
 
 # Two-stage queries
 
-BOTH = [query_gen.TwoStageQueries, query_gen.UnmixedTwoStageQueries]
+BOTH = [proposals.TwoStageQueries, deformable.UnmixedTwoStageQueries]
 
 
 @pytest.mark.parametrize("cls", BOTH)
@@ -52,11 +53,11 @@ def test_two_stage_by_definition(cls, num_sets):
         for n, s in enumerate(order):
             box = proposals.boxes[b, s]
             assert_close(queries.ref_boxes[b, n], box, **EXACT)
-            sines = torch.cat([position.sine(side, D // 2) for side in box])            # (2D,)
+            sines = torch.cat([boxes.sine(side, D // 2) for side in box])            # (2D,)
             sines = ask.pos_project.weight @ sines + ask.pos_project.bias
             both = F.layer_norm(sines, (2 * D,), ask.pos_norm.weight, ask.pos_norm.bias)
             for t in range(num_sets):           # both tasks start from the same box
-                content = ask.content[t][n] if cls is query_gen.TwoStageQueries else both[D:]
+                content = ask.content[t][n] if cls is proposals.TwoStageQueries else both[D:]
                 assert_close(queries.pos[t, b, n], both[:D], **EXACT)
                 assert_close(queries.content[t, b, n], content, **EXACT)
     assert queries.content.shape == queries.pos.shape == (num_sets, 2, 5, D)
@@ -89,5 +90,5 @@ def test_fewer_cells_than_queries(cls):
 
 
 def test_unmixed_queries_learn_no_content():
-    assert "content.0" in dict(query_gen.TwoStageQueries(5, D, C, 1).named_parameters())
-    assert "content" not in query_gen.UnmixedTwoStageQueries(5, D, C, 1).state_dict()
+    assert "content.0" in dict(proposals.TwoStageQueries(5, D, C, 1).named_parameters())
+    assert "content" not in deformable.UnmixedTwoStageQueries(5, D, C, 1).state_dict()

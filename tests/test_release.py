@@ -10,7 +10,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-from detr_min import boxes, criterion, data, decoder_dac, decoder_release, denoising, model
+from detr_min import boxes, criterion, decoder_dac, model
+from detr_min.data import dataset
+from detr_min.release import dac_release, denoising
+from detr_min.run import registry
 
 ALIGN = criterion.CLASS_LOSSES["align"]
 LAYERS, N, C, CELLS = 6, 40, 5, 60
@@ -176,7 +179,7 @@ def crowd(generator, objects):
             gt[-1] = torch.tensor([.85, .85, .15, .2])
         labels = torch.randint(C, (M,), generator=generator)
         labels[1::4] = labels[:4 * ((M + 2) // 4):4][:len(labels[1::4])]        # half of them alike
-        targets.append(data.Target(labels, gt, i, (64, 64)))
+        targets.append(dataset.Target(labels, gt, i, (64, 64)))
     return targets
 
 
@@ -250,7 +253,7 @@ def test_the_36_denoising_terms():
 def test_boxes_of_a_few_pixels_are_not_rounded():
     """GIoU without torchvision's 1e-7 in the denominators, which is much for 4 pixels of 1333."""
     small = torch.tensor([[.5, .5, .003, .003]], dtype=torch.float64)
-    target = data.Target(torch.tensor([0]), small + .0005, 0, (1333, 1333))
+    target = dataset.Target(torch.tensor([0]), small + .0005, 0, (1333, 1333))
     predictions = boxes.Predictions(torch.zeros(1, 1, 1).double(), small[None])
     pair = [(torch.tensor([0]), torch.tensor([0]))]
     _, _, giou = criterion.layer_loss(predictions, pair, [target], ALIGN)
@@ -264,7 +267,7 @@ def test_the_last_object_wins_a_query_claimed_twice_in_one_class():
     u = .5^.25 * IoU^.75 with IoU 1 and .5; each object has one pair, so w = 1.
     """
     box = torch.tensor([[.5, .5, .4, .4]], dtype=torch.float64)
-    target = data.Target(torch.tensor([2, 2]), torch.cat([box, box]), 0, (64, 64))
+    target = dataset.Target(torch.tensor([2, 2]), torch.cat([box, box]), 0, (64, 64))
     target.boxes[1, 3] = .2
     predictions = boxes.Predictions(torch.zeros(1, 1, 3).double(), box[None])
     pairs = [(torch.tensor([0, 0]), torch.tensor([0, 1]))]
@@ -302,7 +305,7 @@ def test_any_number_of_queries_and_classes(num, classes):
     """The release needs 6 queries for its top-k and knows 91 classes, or 20."""
     generator = torch.Generator().manual_seed(0)
     box = torch.tensor([[.5, .5, .4, .4]])
-    targets = [data.Target(torch.tensor([classes - 1]), box, 0, (64, 64))]
+    targets = [dataset.Target(torch.tensor([classes - 1]), box, 0, (64, 64))]
     layer = boxes.Predictions(torch.randn(1, num, classes, generator=generator),
                               torch.rand(1, num, 4, generator=generator) * .2 + .4)
     parts = criterion.detection_loss(model.Output([layer], [layer], layer), targets, 1.0, ALIGN,
@@ -325,7 +328,7 @@ def test_a_crowd_is_assigned_the_same_way_twice():
 
 def test_release_decoder_is_the_papers_but_for_the_start():
     """Same weights, same O-Decoder; registered as dac_release, with its assignment."""
-    assert model.DECODERS["dac_release"] is decoder_release.DACReleaseDecoder
+    assert registry.DECODERS["dac_release"] is dac_release.DACReleaseDecoder
     assert criterion.C_ASSIGNMENTS == {"dac_release": criterion.release_assignment}
-    assert issubclass(decoder_release.DACReleaseDecoder, decoder_dac.DACDecoder)
-    assert "o_decoder" not in vars(decoder_release.DACReleaseDecoder)
+    assert issubclass(dac_release.DACReleaseDecoder, decoder_dac.DACDecoder)
+    assert "o_decoder" not in vars(dac_release.DACReleaseDecoder)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from detr_min import shapes
+from detr_min.data import shapes
 
 SCENES = [shapes.scene(0, "train", index) for index in range(200)]
 

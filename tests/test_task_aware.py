@@ -10,7 +10,7 @@ import torchvision.ops as ops
 from torch.testing import assert_close
 from torchvision.ops.poolers import LevelMapper
 
-from detr_min import attention, position, query_gen
+from detr_min import attention, boxes, query_gen
 
 D = 16
 
@@ -149,7 +149,7 @@ def test_points_in_the_centre_read_the_centre(generator):
     ref_boxes = f64([.3, .6, .2, .4], [.5, .2, .1, .1])
     content, pos = query_gen.points_to_query(features, torch.zeros(2, 8, 2).double(), ref_boxes)
     assert_close(content, features[:, :, 3, 3], atol=1e-12, rtol=0)
-    assert_close(pos, position.of_points(ref_boxes[:, :2], D), atol=1e-12, rtol=0)
+    assert_close(pos, boxes.embed_points(ref_boxes[:, :2], D), atol=1e-12, rtol=0)
 
 
 def test_points_to_query_by_hand():
@@ -159,7 +159,7 @@ def test_points_to_query_by_hand():
     content, pos = query_gen.points_to_query(columns, points, f64(.5, .5, .7, .35)[None])
     assert_close(content, torch.full((1, D), 3.5).double(), atol=1e-12, rtol=0)     # (5 + 2) / 2
     # in the image: .5 + 4/7 * .7/2 = .7 and .5 - 2/7 * .7/2 = .4;  y: .5 and .5 + 6/7 * .35/2 = .65
-    expected = (position.of_points(f64(.7, .5), D) + position.of_points(f64(.4, .65), D)) / 2
+    expected = (boxes.embed_points(f64(.7, .5), D) + boxes.embed_points(f64(.4, .65), D)) / 2
     assert_close(pos[0], expected, atol=1e-12, rtol=0)
 
 
@@ -181,7 +181,7 @@ def test_points_to_query_by_definition(generator):
             lower = (1 - right) * f[:, r + 1, c] + right * f[:, r + 1, c + 1]
             expected += ((1 - down) * upper + down * lower) / 3
             cx, cy, w, h = ref_boxes[p].tolist()
-            expected_pos += position.of_points(f64(cx + x * w / 2, cy + y * h / 2), D) / 3
+            expected_pos += boxes.embed_points(f64(cx + x * w / 2, cy + y * h / 2), D) / 3
         assert_close(content[p], expected, atol=1e-12, rtol=0)
         assert_close(pos[p], expected_pos, atol=1e-12, rtol=0)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train
-from detr_min import checkpoints, runs, shapes
+from detr_min.data import shapes
+from detr_min.run import checkpoints, logfile
 
 ROOT = pathlib.Path(train.__file__).parent
 EACH_PART_OF_SD_DETR = [
@@ -74,7 +75,7 @@ def test_each_variant_trains_and_leaves_a_complete_run_folder(words, monkeypatch
 def test_the_log_line_adds_up(monkeypatch, tmp_path):
     run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "run")
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    parts = sum(line[name][term] for name in ("O", "C", "encoder") for term in runs.TERMS)
+    parts = sum(line[name][term] for name in ("O", "C", "encoder") for term in logfile.TERMS)
     assert line["loss"] == pytest.approx(parts) and line["O"]["pairs"] == line["objects"]
 
 
@@ -128,7 +129,7 @@ def test_denoising_is_a_function_of_seed_and_step(model, monkeypatch, tmp_path):
         "O", "O_denoising")
     assert all(line[name]["l1"] > 0 for name in names)
     assert line["loss"] == pytest.approx(sum(line[name][term] for name in (*names, "encoder")
-                                             for term in runs.TERMS))
+                                             for term in logfile.TERMS))
     assert line["O_denoising"]["pairs"] > line["objects"] == line["O"]["pairs"]
 
 

@@ -4,7 +4,9 @@ import contextlib
 import pytest
 import torch
 
-from detr_min import attention, boxes, config, criterion, data, decoder_dac, model
+from detr_min import attention, boxes, criterion, decoder_dac
+from detr_min.data import dataset
+from detr_min.run import config, registry
 from exercises.grading import mine
 
 STEPS = 60
@@ -17,8 +19,8 @@ def pytest_generate_tests(metafunc):
 def two_pictures():
     """A red and a green rectangle in one picture, a blue one in the other; 64 x 64 pixels."""
     two, one = torch.tensor([[.3, .3, .4, .3], [.7, .75, .3, .4]]), torch.tensor([[.6, .4, .5, .6]])
-    targets = [data.Target(torch.tensor([0, 1]), two, 0, (64, 64)),
-               data.Target(torch.tensor([2]), one, 1, (64, 64))]
+    targets = [dataset.Target(torch.tensor([0, 1]), two, 0, (64, 64)),
+               dataset.Target(torch.tensor([2]), one, 1, (64, 64))]
     images = torch.zeros(2, 3, 64, 64)
     for image, target in zip(images, targets):
         for label, (cx, cy, w, h) in zip(target.labels, (target.boxes * 64).tolist()):
@@ -52,7 +54,7 @@ def train(variant):
     torch.manual_seed(0)
     cfg = config.preset("shapes", d_model=32, num_heads=4, num_points=2, d_ffn=64, num_levels=3,
                         encoder_layers=1, decoder_layers=2, num_queries=8, num_classes=3, **variant)
-    detector, (images, is_pad, targets) = model.build(cfg).train(), two_pictures()
+    detector, (images, is_pad, targets) = registry.build(cfg).train(), two_pictures()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     for step in range(STEPS + 1):
         output = detector(images, is_pad)

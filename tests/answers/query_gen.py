@@ -1,7 +1,7 @@
 """A right answer to exercise 8, other than the package's: four cells a point, gathered."""
 import torch
 
-from detr_min import position
+from detr_min import boxes
 
 
 def points_to_query(features, points, ref_boxes):
@@ -16,5 +16,5 @@ def points_to_query(features, points, ref_boxes):
             content = content + share_y * share_x * features[box, :, i, j]      # (P, M, D)
     x = ref_boxes[:, None, 0] + points[..., 0] * ref_boxes[:, None, 2] * 0.5
     y = ref_boxes[:, None, 1] + points[..., 1] * ref_boxes[:, None, 3] * 0.5
-    pos = torch.cat([position.sine(y, D // 2), position.sine(x, D // 2)], dim=-1)
+    pos = torch.cat([boxes.sine(y, D // 2), boxes.sine(x, D // 2)], dim=-1)
     return content.sum(1) / points.shape[1], pos.sum(1) / points.shape[1]

@@ -1,22 +1,19 @@
 """COCO folders and synthetic shapes as one kind of data set: pictures in, normalised boxes out.
 
 What must be right before any equation matters: category ids become labels here and nowhere else,
-boxes become [0, 1] cxcywh last, chance is a pure function of seed, epoch and index.
-Stands outside both papers (augmentation: DETR's). Read after `coco_folder.py`; next: `evaluate.py`.
+boxes become [0, 1] cxcywh last. Read `coco_folder.py` and `transforms.py` before.
 """
 import difflib
 import functools
 import pathlib
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from . import coco_folder, shapes
+from . import batches, coco_folder, shapes, transforms
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB in [0, 1]
 CACHE_BYTES = 2**30        # decoded pictures kept in memory by a data set, all its workers together
 
 
@@ -50,12 +47,13 @@ class Detections(torch.utils.data.Dataset):
         image = self.coco.imgs[self.image_ids[i]]
         picture, objects = tv_tensors.Image(self.picture(image)), self.objects(image)
         with torch.random.fork_rng(devices=[]):          # the global random stream is left alone
-            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
+            torch.default_generator.manual_seed(batches.mixed_seed(self.seed, epoch, i))
             picture, objects = self.transform(picture, objects)
-        objects, (h, w) = keep_visible(objects), picture.shape[-2:]
+        objects, (h, w) = transforms.keep_visible(objects), picture.shape[-2:]
         boxes = ops.box_convert(objects["boxes"].as_subclass(torch.Tensor), "xyxy", "cxcywh")
-        return normalise(picture), Target(objects["labels"], boxes / torch.tensor([w, h, w, h]),
-                                          image["id"], (image["height"], image["width"]))
+        target = Target(objects["labels"], boxes / torch.tensor([w, h, w, h]), image["id"],
+                        (image["height"], image["width"]))
+        return transforms.normalise(picture), target
 
     def picture(self, image):
         """The decoded picture, uint8 (3, h, w)."""
@@ -77,7 +75,7 @@ class Detections(torch.utils.data.Dataset):
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes = tv_tensors.BoundingBoxes(ops.box_convert(boxes, "xywh", "xyxy"), format="XYXY",
                                          canvas_size=(image["height"], image["width"]))
-        return keep_visible({"labels": labels, "boxes": boxes})
+        return transforms.keep_visible({"labels": labels, "boxes": boxes})
 
 
 def open_shapes(split, transform, num_images, size_px=128, seed=0):
@@ -124,7 +122,7 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
         raise coco_folder.DataError(f"{path} has {len(image_ids)} images{of}; asked for "
                                     f"{num_images or 'all'}")
     if num_images:
-        order = torch.randperm(len(image_ids), generator=generator(seed))
+        order = torch.randperm(len(image_ids), generator=batches.generator(seed))
         image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
     for i in image_ids:
         w, h = coco.imgs[i]["width"], coco.imgs[i]["height"]
@@ -155,111 +153,3 @@ def relabel(dataset, categories):
                                     f"trained: {', '.join(unknown)}; trained: {', '.join(names)}")
     dataset.categories = [{"id": ids.get(name), "name": name} for name in names]
     dataset.label_of = {ids[name]: label for label, name in enumerate(names) if name in ids}
-
-
-def keep_visible(objects):
-    """Clip boxes to the picture, then drop those left without area. Clipping comes first, as
-    sanitising drops whatever sticks out; the v2 classes would refuse boxes below 1 px."""
-    boxes = v2.functional.clamp_bounding_boxes(objects["boxes"])
-    boxes, kept = v2.functional.sanitize_bounding_boxes(boxes, min_size=1e-3, min_area=1e-6)
-    return {"labels": objects["labels"][kept], "boxes": boxes}
-
-
-def normalise(picture):
-    """uint8 (3, h, w) -> float32 (3, h, w), as ImageNet backbones expect it."""
-    image = v2.functional.to_dtype(picture.as_subclass(torch.Tensor), torch.float32, scale=True)
-    return v2.functional.normalize(image, MEAN, STD)
-
-
-def mixed_seed(*integers):
-    """One 32-bit seed from several integers >= 0; neighbours give unrelated seeds."""
-    return int(np.random.SeedSequence(integers).generate_state(1)[0])
-
-
-def generator(*integers):
-    return torch.Generator().manual_seed(mixed_seed(*integers))
-
-
-# ---- transforms: (picture, objects) -> (picture, objects) ----
-
-def flip_only():
-    return v2.RandomHorizontalFlip(0.5)
-
-
-def resize(size, max_size):
-    """DETR's for tests, nothing random: see resized_sides."""
-    return functools.partial(resize_all, size, max_size)
-
-
-def resized_sides(h, w, size, max_size):
-    """Short side to `size` px, unless the long side would pass `max_size`. -> (h, w)
-
-    DETR's numbers: a short side below `size` is rounded, the long side is cut to whole pixels after
-    it. So where the short side is rounded up, the long one may still pass `max_size` a little.
-    """
-    short, long = min(h, w), max(h, w)
-    if size * long / short > max_size:
-        size = max(round(max_size * short / long), 1)
-    sides = size, int(size * long / short)
-    return sides if h <= w else sides[::-1]
-
-
-def resize_all(size, max_size, picture, *objects):
-    """A picture, with its objects or without them."""
-    return v2.Resize(resized_sides(*picture.shape[-2:], size, max_size))(picture, *objects)
-
-
-def multi_scale_and_crop(size, max_size):
-    """DETR's augmentation for COCO, its pixel numbers (made for size 800) scaled to `size`."""
-    def px(*sides):
-        return [round(side * size / 800) for side in sides]
-    sizes = v2.RandomShortestSize(px(*range(480, 801, 32)), max_size)
-    first = v2.RandomShortestSize(px(400, 500, 600))
-    crop = v2.Compose([first, RandomSizeCrop(*px(384, 600)), sizes])
-    return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([sizes, crop])])
-
-
-class RandomSizeCrop(torch.nn.Module):
-    """A crop anywhere, height and width each drawn from [low, high] px, or what the picture has."""
-
-    def __init__(self, low, high):
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, picture, objects):
-        sides = [int(torch.randint(min(self.low, side), min(self.high, side) + 1, ()))
-                 for side in picture.shape[-2:]]
-        return v2.RandomCrop(sides)(picture, objects)
-
-
-# ---- batches ----
-
-def collate(batch):
-    """Pictures padded with 0 at the right and bottom to the largest.
-    -> images (B, 3, h, w), is_pad (B, h, w) True = padding, list of B Targets"""
-    pictures, targets = zip(*batch)
-    h, w = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
-    images = torch.zeros(len(batch), 3, h, w)
-    is_pad = torch.ones(len(batch), h, w, dtype=torch.bool)
-    for i, picture in enumerate(pictures):
-        images[i, :, :picture.shape[1], :picture.shape[2]] = picture
-        is_pad[i, :picture.shape[1], :picture.shape[2]] = False
-    return images, is_pad, list(targets)
-
-
-def batches(num_images, batch_size, seed, first_step, last_step, rank=0, world=1):
-    """The (epoch, index) of every image of steps first_step to last_step - 1, for one rank.
-
-    Every epoch is a permutation from (seed, epoch). Step s is the s-th slice of `batch_size` of all
-    epochs in a row, and rank r of `world` takes the r-th share of each slice.
-    """
-    if batch_size < 1 or batch_size % world:
-        raise ValueError(f"a batch of {batch_size} cannot be shared equally by {world} processes")
-
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch):
-        return torch.randperm(num_images, generator=generator(seed, epoch)).tolist()
-    share = batch_size // world
-    starts = (step * batch_size + rank * share for step in range(first_step, last_step))
-    return [[(p // num_images, permutation(p // num_images)[p % num_images])
-             for p in range(start, start + share)] for start in starts]

@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from . import attention, boxes, data, evaluate
+from .. import attention, boxes
+from ..data import transforms
+from . import evaluate
 
 DPI = 120
 PART_COLOURS = {"loss": "black", "O": "tab:blue", "C": "tab:orange", "encoder": "tab:green",
@@ -53,7 +55,7 @@ def total(part):
 
 
 def predictions(model, dataset, out_png, num_images=8, threshold=0.5):
-    """First images of a data.Detections: their objects in dashed white, and what scores enough."""
+    """Draw the first images of a data set: objects in dashed white, and what scores enough."""
     chosen = range(min(num_images, len(dataset)))
     figure, grid = tiles(-(-len(chosen) // 4), min(4, len(chosen)))
     for index, axes in zip(chosen, grid):
@@ -64,20 +66,23 @@ def predictions(model, dataset, out_png, num_images=8, threshold=0.5):
         show(axes, dataset.picture(entry))
         for box in objects:
             frame(axes, box, "white", "--")
-        shown = detections(axes, found, [c["name"] for c in dataset.categories], threshold)
+        kept = found["scores"] >= threshold
+        shown = detections(axes, {"scores": found["scores"][kept], "labels": found["labels"][kept],
+                                  "boxes": found["boxes_xyxy"][kept]},
+                           [c["name"] for c in dataset.categories])
         axes.set_title(f"image {entry['id']}: {len(objects)} objects, {shown} found above "
                        f"{threshold:g}", fontsize=8)
     return save(figure, out_png)
 
 
-def photo(picture, found, names, out_png, threshold=0.5):
-    """One picture, uint8 (3, h, w), and its detections; the png's long side is 640 to 1600 px."""
+def photo(picture, found, names, out_png):
+    """Draw a picture, uint8 (3, h, w), with a Predictor's detections; long side 640 to 1600 px."""
     h, w = picture.shape[-2:]
     inch = min(max(h, w, 640), 1600) / max(h, w) / DPI                              # of one pixel
     figure = Figure(figsize=(max(w * inch, 0.2), max(h * inch, 0.2)))
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
     show(axes, picture)
-    detections(axes, found, names, threshold)
+    detections(axes, found, names)
     return save(figure, out_png)
 
 
@@ -118,7 +123,8 @@ def sampling_points(model, image, is_pad, out_png, names=None, num_queries=3):
     best = score.argsort(descending=True, stable=True)[:num_queries].tolist()
     figure, grid = tiles(*((len(best), len(looks)) if len(looks) > 1 else (1, len(best))))
     h, w = int((~is_pad[:, 0]).sum()), int((~is_pad[0]).sum())
-    std, mean = (torch.tensor(numbers)[:, None, None] for numbers in (data.STD, data.MEAN))
+    std, mean = (torch.tensor(numbers)[:, None, None]
+                 for numbers in (transforms.STD, transforms.MEAN))
     picture = ((image[:, :h, :w].cpu() * std + mean).clamp(0, 1) * 255).byte()
     for axes, (query, name) in zip(grid, itertools.product(best, looks)):
         reference, points, weight = (t[query] for t in looks[name])
@@ -161,21 +167,20 @@ def frame(axes, box_xyxy, colour, style):
                              linewidth=1.2 if style == "--" else 1.8, linestyle=style))
 
 
-def detections(axes, found, names, threshold):
-    """Draw a dict of `evaluate.detect`, the surest on top. Returns how many reach the threshold."""
+def detections(axes, found, names):
+    """Draw detections, a dict as a Predictor gives it, the surest on top. Returns how many."""
     w, h = axes.get_xlim()[1], axes.get_ylim()[0]
-    kept = int((found["scores"] >= threshold).sum())                # they are sorted, best first
-    for i in reversed(range(kept)):
-        label, (x1, y1, x2, _) = int(found["labels"][i]), found["boxes_xyxy"][i].tolist()
+    for i in reversed(range(len(found["scores"]))):                 # they are sorted, best first
+        label, (x1, y1, x2, _) = int(found["labels"][i]), found["boxes"][i].tolist()
         colour = colour_of(label)
-        frame(axes, found["boxes_xyxy"][i], colour, "-")
+        frame(axes, found["boxes"][i], colour, "-")
         is_right, is_top = x1 > 0.7 * w, y1 < 0.08 * h              # the words stay in the picture
         axes.text(x2 if is_right else x1, y1, f"{names[label]} {found['scores'][i]:.2f}",
                   parse_math=False,
                   ha="right" if is_right else "left", va="top" if is_top else "bottom",
                   fontsize=7, color="black" if colour[1] > 0.6 else "white", clip_on=True,
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85})
-    return kept
+    return len(found["scores"])
 
 
 def save(figure, out_png):

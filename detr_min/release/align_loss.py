@@ -2,16 +2,17 @@
 
 [Align-DETR Eq. 4-7], with the constants of the DAC-DETR release (`--loss align`). A sibling of
 SD-DETR's: the same target [SD Eq. 6], then discounted by rank. Pure functions. Read `tal_loss.py`
-before and `criterion.py` after.
+and `criterion.py` before.
 """
 import torch
 import torch.nn.functional as F
 
-from . import tal_loss
+from .. import boxes, criterion, tal_loss
+from . import dac_release
 
 
 def rank_within_object(quality, gt_idx):
-    """How many pairs of the same object are better: 0 for its best. Ties: the earlier pair is.
+    """Count the better pairs of the same object: 0 for its best. Of equals the earlier is better.
 
     rank[i] = #{j : gt[j] = gt[i], and u[j] > u[i] or (u[j] = u[i] and j < i)}
 
@@ -28,7 +29,7 @@ def rank_within_object(quality, gt_idx):
 
 
 def ranked_target(scores, ious, gt_idx, tau=1.5):
-    """What each pair's score should be, and how much the pair counts.
+    """Compute the score that each pair should have, and how much the pair counts.
 
     [Align-DETR Eq. 4-7]  u = s^.25 IoU^.75    w = exp(-rank / tau)    y = u w
 
@@ -49,7 +50,7 @@ def ranked_target(scores, ious, gt_idx, tau=1.5):
 
 
 def align_loss(logits, targets):
-    """Cross-entropy to a soft target; other entries are pushed down as hard as they are wrong.
+    """Compute cross-entropy to a soft target; other entries are pushed down as they are wrong.
 
     [Align-DETR Eq. 4-7]  L = sum over entries of  -a log p - b log(1 - p),    p = sigmoid(z)
         matched, y > 0:  a = y,  b = 1 - y      (no focal factor)
@@ -64,3 +65,20 @@ def align_loss(logits, targets):
     """
     b = torch.where(targets > 0, 1 - targets, logits.sigmoid() ** 2)                    # (N, C)
     return -(targets * F.logsigmoid(logits) + b * F.logsigmoid(-logits)).sum()
+
+
+def layer_loss(layer, pairs):
+    """Compute the loss of one decoder layer. Arguments and result as criterion.focal_loss.
+
+    [Align-DETR Eq. 4-7]  L_cls + 5 * sum_pairs w |b - g|_1 + 2 * sum_pairs w (1 - GIoU(b, g))
+
+    A query may serve two objects, as the release's one-to-many rule has it.
+    """
+    place = pairs.image_idx, pairs.query_idx, pairs.labels
+    ious = boxes.paired_iou(layer.boxes[place[:2]], pairs.boxes)                        # (P,)
+    soft_targets, weights = ranked_target(layer.logits[place].detach().sigmoid(), ious,
+                                          pairs.object_idx)
+    kept = dac_release.is_last_claim(pairs)
+    wanted = torch.zeros_like(layer.logits)                                             # (B, N, C)
+    wanted[tuple(index[kept] for index in place)] = soft_targets[kept]
+    return align_loss(layer.logits, wanted), *criterion.box_loss(layer, pairs, weights)

@@ -3,7 +3,7 @@
 [Swin Sec. 3]. Every other block moves the windows by half their size, so that what one block keeps
 apart the next one joins. Blocks and patch merging are torchvision's; the attention is written out,
 because torchvision leaves out the move where a map is one window high or wide, and the published
-weights were trained with it. Read `backbone.py` before and `encoder.py` after.
+weights were trained with it. Read `backbone.py` before.
 """
 import functools
 import re

@@ -2,32 +2,56 @@
 
 A state dict is recognised and measured by its keys and shapes alone. Every key has a place: it
 fills one tensor of ours, or is a known copy and must equal its original, or served training only.
-Read after `model.py`; used by `checkpoints.py`.
+Loading fails if a tensor is unmatched. `run/checkpoints.py` uses it.
 """
 import re
 
 import torch
 
-from . import backbone_swin, coco_folder, config, model
+from ..data import coco_folder
+from . import swin
 
-RENAMED = [                                 # our name, then theirs; all are tried, in this order
-    (r"^projections\.levels", r"input_proj"), (r"^label_embed", r"label_enc"),
-    (r"^queries\.(content\.0|pos_and_content)$", r"query_embed.weight"),
-    (r"^queries\.mini_detector\.(class|box)_head", r"decoder.\1_heads.last"),
-    (r"^queries\.mini_detector\.(project|norm)", r"queries.enc_output_\1"),
-    (r"enc_output_project", r"enc_output"), (r"^queries\.pos_project", r"queries.pos_trans"),
-    (r"^queries\.pos_norm", r"queries.pos_trans_norm"), (r"^queries\.", r"transformer."),
-    (r"^decoder\.class_heads", r"class_embed"),
-    (r"^decoder\.box_heads\.(\w+)\.(\d)", lambda found: (
-        f"bbox_embed.{found[1]}.layers.{int(found[2]) // 2}")),
-    (r"^encoder\.level", r"transformer.level"), (r"^(en|de)coder\.", r"transformer.\1coder."),
-    (r"(encoder\..*)\.attn", r"\1.self_attn"),
-    (r"\.norm_(attn|cross)", r".norm1"), (r"\.norm_self", r".norm2"),
-    (r"(encoder\..*)\.norm_ffn", r"\1.norm2"), (r"(decoder\..*)\.norm_ffn", r"\1.norm3"),
-    (r"\.ffn\.0", r".linear1"), (r"\.ffn\.2", r".linear2"),
-]
+# Ours on the left, theirs on the right; {l} is any number, {last} the number of decoder layers.
+# A row also holds for every longer name that goes on with a dot, as with `.weight`.
+NAMES = """
+backbone                                backbone.0
+projections.levels.{l}                  input_proj.{l}
+label_embed                             label_enc
+
+encoder.level_embed                     transformer.level_embed
+encoder.layers.{l}.attn                 transformer.encoder.layers.{l}.self_attn
+encoder.layers.{l}.norm_attn            transformer.encoder.layers.{l}.norm1
+encoder.layers.{l}.ffn.0                transformer.encoder.layers.{l}.linear1
+encoder.layers.{l}.ffn.2                transformer.encoder.layers.{l}.linear2
+encoder.layers.{l}.norm_ffn             transformer.encoder.layers.{l}.norm2
+
+queries.content.0                       query_embed.weight
+queries.pos_and_content                 query_embed.weight
+queries.reference_points                transformer.reference_points
+queries.mini_detector.project           transformer.enc_output
+queries.mini_detector.norm              transformer.enc_output_norm
+queries.mini_detector.class_head        class_embed.{last}
+queries.mini_detector.box_head.0        bbox_embed.{last}.layers.0
+queries.mini_detector.box_head.2        bbox_embed.{last}.layers.1
+queries.mini_detector.box_head.4        bbox_embed.{last}.layers.2
+queries.pos_project                     transformer.pos_trans
+queries.pos_norm                        transformer.pos_trans_norm
+
+decoder.layers.{l}.self_attn            transformer.decoder.layers.{l}.self_attn
+decoder.layers.{l}.norm_self            transformer.decoder.layers.{l}.norm2
+decoder.layers.{l}.cross_attn           transformer.decoder.layers.{l}.cross_attn
+decoder.layers.{l}.norm_cross           transformer.decoder.layers.{l}.norm1
+decoder.layers.{l}.ffn.0                transformer.decoder.layers.{l}.linear1
+decoder.layers.{l}.ffn.2                transformer.decoder.layers.{l}.linear2
+decoder.layers.{l}.norm_ffn             transformer.decoder.layers.{l}.norm3
+decoder.class_heads.{l}                 class_embed.{l}
+decoder.box_heads.{l}.0                 bbox_embed.{l}.layers.0
+decoder.box_heads.{l}.2                 bbox_embed.{l}.layers.1
+decoder.box_heads.{l}.4                 bbox_embed.{l}.layers.2
+"""
 COPIES = r"transformer\.decoder\.(class|bbox)_embed\."      # of the same names without this start
 NOT_TAKEN = r"label_enc\.weight|backbone\.0\.body\..*\.num_batches_tracked"     # served training
+DROP_PATH = 0.2         # of Swin-L, for training on
 INCOMPLETE = "no complete checkpoint of DAC-DETR or Deformable DETR"
 
 
@@ -42,14 +66,19 @@ def recognises(content):
     return any(str(key).startswith("transformer.encoder.layers.") for key in state_of(content))
 
 
-def their_name(name, decoder_layers):
-    """The published name of a tensor that our Detector calls `name`."""
-    part, _, rest = name.partition(".")
-    if part == "backbone":
-        return f"backbone.0.body.{backbone_swin.original_name(rest.removeprefix('body.'))}"
-    for ours, theirs in RENAMED:
-        name = re.sub(ours, theirs, name)
-    return name.replace("_embed.last.", f"_embed.{decoder_layers}.")    # heads of the encoder
+def their_name(name, last):
+    """Find the published name of a tensor that our Detector calls `name`, by the table NAMES."""
+    if name.startswith("backbone.") and not name.startswith("backbone.body."):
+        return f"backbone.0.body.{swin.original_name(name.removeprefix('backbone.'))}"
+    for row in NAMES.split("\n"):
+        if row:
+            ours, theirs = row.split()
+            found = re.fullmatch(ours.replace(".", r"\.").replace("{l}", r"(?P<l>\d+)")
+                                 + r"(?P<rest>(\..*)?)", name)
+            if found:
+                numbers = {"last": last, **found.groupdict()}
+                return theirs.format(**numbers) + found["rest"]
+    raise KeyError(name)
 
 
 def categories(num_classes):
@@ -97,17 +126,17 @@ def count(theirs, start):
 
 
 def swin_of(theirs):
-    """Arguments of backbone_swin.Swin; a window of w x w cells has (2w - 1)^2 rows of bias."""
+    """Arguments of swin.Swin; a window of w x w cells has (2w - 1)^2 rows of bias."""
     stages = [f"backbone.0.body.layers.{stage}.blocks." for stage in range(4)]
     (rows, *_), heads = zip(*(shape_of(theirs, f"{stage}0.attn.relative_position_bias_table", 2)
                               for stage in stages))
     return (*shape_of(theirs, "backbone.0.body.patch_embed.proj.bias", 1),
             tuple(count(theirs, stage) for stage in stages), heads,
-            (round(rows ** 0.5) + 1) // 2, config.Recipe().swin[-1])
+            (round(rows ** 0.5) + 1) // 2, DROP_PATH)
 
 
-def config_of(theirs, args):
-    """The Config of a published state dict, all sizes read off its shapes.
+def settings_of(theirs, args):
+    """Read the preset and its changes, a dict, off a published state dict's shapes.
 
     Two numbers no shape tells: the heads and, where no query is learned, the queries. `args`, their
     command line as a dict, may hold them; else it is 8 and 300. KeyError, ValueError: what tells
@@ -124,8 +153,9 @@ def config_of(theirs, args):
     num_labels = (shape_of(theirs, "label_enc.weight", 2)[0]    # 92 whatever the release trains
                   if "label_enc.weight" in theirs else 0)
     has_labels = num_labels > 0 and (num_labels != 92 or num_classes == 91)
-    return config.preset(
-        "paper_swin_l" if is_swin else "paper_r50", model=kind, queries=queries, batch=2, **sizes,
+    return dict(
+        name="paper_swin_l" if is_swin else "paper_r50", model=kind, queries=queries, batch=2,
+        **sizes,
         d_model=d_model, num_heads=num_heads, num_levels=num_levels,
         num_points=points // (num_heads * num_levels), d_ffn=d_ffn,
         encoder_layers=count(theirs, layers),
@@ -136,32 +166,41 @@ def config_of(theirs, args):
         detections=300 if kind == "dac_release" else 100)       # as each of the two was tested
 
 
-def convert(content):
-    """A published checkpoint as our config, categories and state dict.
+def tensors_of(content):
+    """Take the tensors out of a file's content: {"model": state dict, "args": ...}, or state dict.
 
-    Args:
-        content  what the file holds: {"model": state dict, "args": Namespace, ...}, or state dict
     Returns:
-        config.Config, [{"id", "name"}], {our name: tensor}
+        {their name: tensor}
     Raises:
-        ValueError: what is no tensor, or tensors that are missing, left over, of another shape, or
-            copies that differ
+        ValueError: something in the state dict is no tensor
     """
     theirs = {str(key): value for key, value in state_of(content).items()}
     odd = [key for key, value in theirs.items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise ValueError(f"{INCOMPLETE}: {len(odd)} no tensor ({', '.join(odd[:20])})")
-    theirs.update({key: tensor.flatten() for key, tensor in theirs.items()
-                   if key.endswith(".relative_position_index")})
+    return {key: tensor.flatten() if key.endswith(".relative_position_index") else tensor
+            for key, tensor in theirs.items()}
+
+
+def args_of(content):
+    """Their command line as a dict, empty where the file holds none."""
     args = content.get("args")                          # a Namespace, a dict, or nothing to be read
-    try:
-        cfg = config_of(theirs, args if isinstance(args, dict) else getattr(args, "__dict__", {}))
-        with torch.device("meta"):                      # names and shapes, no memory, no numbers
-            own = model.build(cfg).state_dict()
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
-            ) as error:                                 # of a network that cannot be
-        raise ValueError(f"{INCOMPLETE}: {error} tells sizes, but is missing or odd") from error
-    wanted = {their_name(name, cfg.recipe.decoder_layers): name for name in own}
+    return args if isinstance(args, dict) else getattr(args, "__dict__", {})
+
+
+def renamed(theirs, own, last):
+    """Give published tensors our names.
+
+    Args:
+        theirs  {their name: tensor}
+        own     {our name: tensor} of the Detector that is to take them; only shapes are looked at
+        last    the number of decoder layers
+    Returns:
+        {our name: their tensor}
+    Raises:
+        ValueError: tensors that are missing, left over, of another shape, or copies that differ
+    """
+    wanted = {their_name(name, last): name for name in own}
     copies = {key: re.sub(COPIES, r"\1_embed.", key) for key in theirs if re.match(COPIES, key)}
     for kind in {original.split(".")[0] for original in copies.values()}:   # all of them, or none
         copies |= {f"transformer.decoder.{key}": key
@@ -181,4 +220,4 @@ def convert(content):
         raise ValueError(f"{INCOMPLETE}: " + "; ".join(
             f"{len(keys)} {problem} ({', '.join(sorted(keys)[:20])}{', ...' * (len(keys) > 20)})"
             for problem, keys in refused.items() if keys))
-    return cfg, categories(cfg.recipe.num_classes), taken
+    return taken

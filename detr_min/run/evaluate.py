@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torchvision.ops as ops
 from pycocotools.cocoeval import COCOeval
 
-from . import boxes, coco_folder, data, matcher
+from .. import boxes, matcher
+from ..data import batches, coco_folder
 
 STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
 NMS_PAIRS = 10000       # NMS looks at no more (query, class) pairs than this, as released
@@ -36,8 +37,8 @@ def answering(model):
 def predict(model, images):
     """The last O-Decoder layer's Predictions for images as in `detect`; float32, on the CPU."""
     if not all(image.is_floating_point() for image in images):
-        raise ValueError("images hold whole numbers: normalise them first (data.normalise)")
-    images, is_pad, _ = data.collate([(image, None) for image in images])
+        raise ValueError("images hold whole numbers: normalise them first (transforms.normalise)")
+    images, is_pad, _ = batches.collate([(image, None) for image in images])
     device = next(model.parameters(), images).device
     with answering(model):
         logits, pred_boxes = model(images.to(device), is_pad.to(device)).o_decoder[-1]
@@ -151,7 +152,7 @@ def table(metrics, counts, num_images):
 
 
 def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=0, progress=iter):
-    """AP of a model on a data.Detections that leaves nothing to chance.
+    """AP of a model on a dataset.Detections that leaves nothing to chance.
 
     Under torchrun each process takes its share, and all get what `coco_metrics` returns. `find` is
     `detect`, or a functools.partial of it with another top_k or with nms. Precision is fp32 or

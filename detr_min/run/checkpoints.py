@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from . import backbone_swin, config, model, published
+from ..release import published, swin
+from . import config, registry
 
 FORMAT = "detr_min 1"
 
@@ -100,11 +101,11 @@ def weights_of(content, path):
     """Config, categories and state dict in the content of a file, ours or published.
 
     Raises:
-        ValueError: as `check_ours` and `published.convert`, naming the path
+        ValueError: as `check_ours` and `convert`, naming the path
     """
     if published.recognises(content):
         try:
-            return published.convert(content)
+            return convert(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
     content = check_ours(content, path)
@@ -112,6 +113,25 @@ def weights_of(content, path):
         return config.from_dict(content["config"]), content["categories"], content["model"]
     except ValueError as error:
         raise ValueError(f"{path} holds {error}") from error
+
+
+def convert(content):
+    """Turn a published file's content into Config, categories and state dict under our names.
+
+    Raises:
+        ValueError: as published.tensors_of and published.renamed; or sizes that no network has
+    """
+    theirs = published.tensors_of(content)
+    try:
+        cfg = config.preset(**published.settings_of(theirs, published.args_of(content)))
+        with torch.device("meta"):                      # names and shapes, no memory, no numbers
+            own = registry.build(cfg).state_dict()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
+            ) as error:                                 # of a network that cannot be
+        raise ValueError(f"{published.INCOMPLETE}: {error} tells sizes, but is missing or odd"
+                         ) from error
+    state = published.renamed(theirs, own, cfg.recipe.decoder_layers)
+    return cfg, published.categories(cfg.recipe.num_classes), state
 
 
 def load_model(path):
@@ -123,7 +143,7 @@ def load_model(path):
         FileNotFoundError, ValueError: as `open_file` and `weights_of`
     """
     run_config, categories, state = weights_of(open_file(path), path)
-    detector = model.build(run_config)
+    detector = registry.build(run_config)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
@@ -165,7 +185,7 @@ def init_from(detector, categories, path):
         FileNotFoundError, ValueError: as `load_model`; or nothing fits at all
     """
     own, content = detector.state_dict(), open_file(path)
-    state, theirs = backbone_swin.pretrained(published.state_of(content), own), ()
+    state, theirs = swin.pretrained(published.state_of(content), own), ()
     if not state:
         _, theirs, state = weights_of(content, path)
     same_classes = [c["name"] for c in theirs] == [c["name"] for c in categories]

@@ -114,10 +114,6 @@ class DACDecoupledDecoder(DecoupledDecoder):
             ref_boxes = base.detach()
         return predictions
 
-    def both_decoders(self, queries, memory):
-        """o_decoder and c_decoder, one after the other."""
-        return self.o_decoder(queries, memory), self.c_decoder(queries, memory)
-
 
 class SplitDecoder(nn.Module):
     """[SD Eq. 2]  Two decoders that share nothing but reference boxes: one to name, one to place.

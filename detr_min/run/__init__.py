@@ -1,0 +1,6 @@
+"""Everything around the network: a run's config, its training, its answers, its files.
+
+    processes  registry  config  sets  optim  evaluate  draw
+    checkpoints  logfile  folder  predictor
+"""
+from .registry import build  # noqa: F401   run.build(config) -> model.Detector

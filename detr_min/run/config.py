@@ -1,0 +1,228 @@
+"""Every number a run depends on: what a person sets, and what a preset fills in.
+
+`Config` is the command line of train.py, one flag a field; `--help` prints each field's text and
+what it accepts, from the same place that checks it. `Recipe` is architecture and schedule. Both
+are stored in every checkpoint. Read after `registry.py`.
+"""
+import argparse
+import dataclasses
+
+from . import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A number from `least` to `most`, both included."""
+    least: float
+    most: float
+
+    def __contains__(self, number):
+        return isinstance(number, (int, float)) and self.least <= number <= self.most
+
+    def __str__(self):
+        return f"a number from {self.least:g} to {self.most:g}"
+
+
+class OneOf(tuple):
+    """One of several words."""
+
+    def __str__(self):
+        return f"one of {', '.join(self)}"
+
+
+def flag(default, text, accepted=None):
+    """A field of Config: its default, its help, and what it accepts (None = any text)."""
+    return dataclasses.field(default=default, metadata={"help": text, "accepted": accepted})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a preset fills in: the network and how it is trained."""
+    base: str = "deformable"        # deformable | conditional: the attention the model stands on
+    d_model: int = 256
+    num_heads: int = 8
+    num_levels: int = 4
+    num_points: int = 4             # sampling points a head and level
+    d_ffn: int = 2048
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    num_queries: int = 900
+    num_classes: int = 80           # set from the data; nobody types it
+    max_size: int = 1333            # longest side of an image, pixels
+    warmup: int = 0                 # steps of linearly growing learning rate
+    decay: str = "step"             # step: x0.1 once; cosine: to 0
+    drop_at: float = 11 / 12        # share of the run before that step
+    slow_lr: float = 0.1            # factor on the learning rate of backbone and sampling offsets
+    weight_decay: float = 1e-4
+    clip: float = 0.1               # largest L2 norm of the gradient
+    detections: int = 100           # kept of an image, best first, when it is tested
+    swin: tuple = (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 0.2)    # release.swin.Swin: Swin-L
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a person sets, one flag a field. A preset fills in whatever is not given."""
+    preset: str = flag("shapes", "a named set of values; --coco alone means coco")
+    model: str = flag("dac", "the decoder", OneOf(registry.names(registry.DECODERS)))
+    loss: str = flag("focal", "the loss of class scores", OneOf(registry.LOSSES))
+    queries: str = flag("two_stage", "where queries come from",
+                        OneOf(registry.names(registry.QUERIES)))
+    backbone: str = flag("convnet", "resnet50 starts from ImageNet's weights",
+                         OneOf(registry.BACKBONES))
+    coco: str = flag("", "folder in COCO layout; empty = synthetic shapes, no download")
+    images: int = flag(0, "training images drawn from it, seeded; 0 = all", Between(0, 2 ** 31))
+    classes: str = flag("", "person,dog: only these classes; empty = all")
+    epochs: int = flag(0, "passes over the training images; 0 = go by steps", Between(0, 2 ** 31))
+    steps: int = flag(1000, "optimiser steps; replaces a preset's epochs", Between(1, 2 ** 40))
+    batch: int = flag(8, "images a step, all processes together", Between(1, 2 ** 20))
+    size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
+                     Between(32, 10000))
+    lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-300, 1e300))
+    dn_number: int = flag(0, "denoising copies of the objects of an image; 0 = none",
+                          Between(0, 10000))
+    seed: int = flag(0, "weights, subset, order and augmentation follow from it",
+                     Between(0, 2 ** 63 - 1))
+    device: str = flag("auto", "where to compute", OneOf(("auto", "cpu", "cuda", "mps")))
+    precision: str = flag("fp32", "bf16 needs no scaler", OneOf(("fp32", "bf16")))
+    out: str = flag("", "run folder; empty = runs/ and a name made of the flags")
+    init_from: str = flag("", "checkpoint whose weights a new run starts from")
+    resume: str = flag("", "run folder to go on with, exactly; only --pause and --device beside it")
+    pause: int = flag(0, "stop after this step as Ctrl-C would; 0 = never", Between(0, 2 ** 40))
+    recipe: Recipe = Recipe()
+
+
+FLAGS = [field for field in dataclasses.fields(Config) if field.name != "recipe"]
+PRESETS = {
+    "shapes": dict(steps=600, batch=8, size=128, lr=1e-3, images=2000, max_size=128,
+                   d_model=128, num_heads=4, num_levels=3, d_ffn=256, encoder_layers=1,
+                   decoder_layers=3, num_queries=50, num_classes=4, warmup=50, decay="cosine",
+                   clip=1.0, slow_lr=1.0),
+    "coco": dict(steps=1000, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
+                 num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
+                 warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
+    "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
+                      detections=300, dn_number=100),
+    "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
+                         detections=300, dn_number=100),
+}
+LONG = dict(epochs=24, drop_at=20 / 24)
+PRESETS["paper_r50_24"] = {**PRESETS["paper_r50"], **LONG}
+PRESETS["paper_swin_l_24"] = {**PRESETS["paper_swin_l"], **LONG, "weight_decay": 0.05,
+                              "swin": (*Recipe().swin[:4], 0.5)}
+PRESETS["release"] = {**PRESETS["paper_r50"], "model": "dac_release", "loss": "align"}
+
+
+def preset(name, **changes):
+    """Build the Config of a preset, with fields of Config or Recipe changed.
+
+    A changed size takes the longest side with it, in proportion, unless max_size is given too.
+
+    Args:
+        name     a key of PRESETS
+        changes  any field of either class
+    Returns:
+        Config
+    Raises:
+        ValueError: no such preset, no such field, or values that no run can have
+    """
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name} is unknown; there are {', '.join(PRESETS)}")
+    values = {"preset": name, **PRESETS[name], **changes}
+    if "size" in changes and "max_size" not in changes:
+        share = changes["size"] / PRESETS[name]["size"]
+        values["max_size"] = max(round(share * PRESETS[name]["max_size"]), 1)
+    names = [{field.name for field in dataclasses.fields(cls)} for cls in (Config, Recipe)]
+    unknown = values.keys() - names[0] - names[1]
+    if unknown:
+        raise ValueError(f"no such field: {', '.join(sorted(unknown))}")
+    recipe = dataclasses.replace(values.pop("recipe", Recipe()),
+                                 **{k: v for k, v in values.items() if k in names[1]})
+    return checked(Config(recipe=recipe, **{k: v for k, v in values.items() if k in names[0]}))
+
+
+def checked(cfg):
+    """Return the Config, or refuse a value or combination that no run can have.
+
+    Raises:
+        ValueError: the flag, the value and what is accepted
+    """
+    for field in FLAGS:
+        value, accepted = getattr(cfg, field.name), field.metadata["accepted"]
+        if accepted is not None and value not in accepted:
+            raise ValueError(f"--{field.name} {value}: it must be {accepted}")
+    for name, table in (("model", registry.DECODERS), ("queries", registry.QUERIES)):
+        here = table[cfg.recipe.base]
+        if getattr(cfg, name) not in here:
+            raise ValueError(f"--{name} {getattr(cfg, name)} does not exist for preset {cfg.preset}"
+                             f", which stands on {cfg.recipe.base} attention: it must be one of "
+                             f"{', '.join(here)}")
+    if cfg.dn_number and cfg.queries not in registry.DENOISABLE:
+        raise ValueError(f"--queries {cfg.queries} takes no denoising queries, whose position is "
+                         f"made of their boxes, as two_stage makes it: add --dn_number 0")
+    return cfg
+
+
+def from_dict(values):
+    """Rebuild a Config from what dataclasses.asdict made of it, as checkpoints store it.
+
+    Raises:
+        ValueError: fields or values that this version does not know, or lacks
+    """
+    values = dict(values)
+    try:
+        recipe = dict(values.pop("recipe"))
+        if "dn_number" in recipe:               # of checkpoints from before it was a flag
+            values["dn_number"] = recipe.pop("dn_number")
+        return checked(Config(recipe=Recipe(**recipe), **values))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"a config of another version of this package: {error}") from error
+
+
+def parse(doc, argv=None):
+    """Read a command line.
+
+    Args:
+        doc   the program's description
+        argv  words of the command line; None = this process's
+    Returns:
+        Config, and the set of fields that were given
+    """
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in FLAGS:
+        accepted = OneOf(PRESETS) if field.name == "preset" else field.metadata["accepted"]
+        parser.add_argument(
+            f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(),
+            help=field.metadata["help"] + (f" ({accepted})" if accepted else ""))
+    given = vars(parser.parse_args(argv))
+    if given.get("steps") and given.get("epochs"):
+        parser.error("--steps and --epochs both say how long to train: give one")
+    values = {**given, "epochs": 0} if given.get("steps") else given
+    name = given.get("preset", "coco" if given.get("coco") else "shapes")
+    if not given.get("coco"):
+        if given.get("classes"):
+            parser.error("--classes chooses among the classes of --coco DIR, which is missing")
+        if name in PRESETS and not name.startswith("shapes"):
+            parser.error(f"--preset {name} needs --coco DIR, a folder in COCO layout")
+        if given.get("images") == 0:
+            parser.error("--images 0 means all, and there is no end of shapes: say how many")
+    try:
+        return preset(name, **{k: v for k, v in values.items() if k != "preset"}), set(given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_resume(cfg, given):
+    """Return the Config, or refuse flags that a resumed run cannot take.
+
+    Raises:
+        ValueError
+    """
+    other = given - {"resume", "pause", "device"}
+    if "resume" in given and not cfg.resume:
+        raise ValueError("--resume is empty: the name of a run folder is missing")
+    if cfg.resume and other:
+        raise ValueError("--resume goes on with the run's own flags; leave out "
+                         f"--{' --'.join(sorted(other))}")
+    return cfg

@@ -1,0 +1,74 @@
+"""log.jsonl: one line for people and machines every so many steps. Read after nothing."""
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+TERMS = "cls", "l1", "giou"
+
+
+def describe(line):
+    """One line of log.jsonl for people: what the loss is made of, what each decoder matched."""
+    decoders = [name for name in ("O", "C", "encoder", "O_denoising", "C_denoising")
+                if name in line]
+    sums = [f"{name} ({' + '.join(f'{term} {line[name][term]:.2f}' for term in TERMS)})"
+            for name in decoders]
+    pairs = [f"{name} {line[name]['pairs']:.1f}" for name in ("O", "C") if name in line]
+    return (f"step {line['step']} | loss {line['loss']:.2f} = {' + '.join(sums)} | objects "
+            f"{line['objects']:.1f}, queries matched {' / '.join(pairs)} | {line['ms']:.0f} ms")
+
+
+def step_of(line):
+    """The step of a line of log.jsonl; of one torn by a crash, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+class Log:
+    """log.jsonl: means over the steps since the last line.
+
+    Lines after `last_step`, which a crash left behind, are dropped.
+    """
+
+    def __init__(self, path, last_step):
+        self.path, self.steps = path, []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if step_of(line) <= last_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Time from now on counts as training."""
+        self.clock, self.cpu_clock = time.perf_counter(), time.process_time()
+
+    def add(self, parts, **more):
+        """Remember a step: criterion's parts, left on their device (nothing waits), and numbers."""
+        self.steps.append(({name: torch.stack(part[:3]).detach() for name, part in parts.items()},
+                           {name: part.pairs for name, part in parts.items()}, more))
+
+    def line(self, step, mean, **more):
+        """The means since the last line, a dict; `mean(numbers)` averages over processes."""
+        terms, pairs, numbers = zip(*self.steps)
+        n, line = len(self.steps), {"step": step, **more}
+        for name in terms[0]:
+            means = mean([*(sum(t[name] for t in terms) / n).tolist(),
+                          sum(p[name] for p in pairs) / n])
+            line[name] = dict(zip((*TERMS, "pairs"), means))
+        line["loss"] = sum(line[name][term] for name in terms[0] for term in TERMS)
+        line.update({key: sum(m[key] for m in numbers) / n for key in numbers[0]})
+        line["ms"] = (time.perf_counter() - self.clock) / n * 1000
+        line["cpu_s"] = (time.process_time() - self.cpu_clock) / n
+        self.steps = []
+        return line
+
+    def write(self, line, text, visible=True):
+        """Append a line to the file, print its text above the progress bar, restart the clock."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if visible:
+            tqdm.write(text)
+        self.restart_clock()

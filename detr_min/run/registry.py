@@ -1,0 +1,95 @@
+"""What the names in a config stand for: the one place where a word becomes a class or a function.
+
+A new decoder, query or loss is one line in a table here. Read after the papers' files.
+"""
+import functools
+from typing import Callable, NamedTuple
+
+import torch
+
+from .. import (backbone, criterion, decoder_base, decoder_dac, decoder_decoupled_deformable,
+                encoder, model, proposals, query_gen)
+from ..data import batches
+from ..release import align_loss, dac_release, deformable, denoising, swin
+
+DECODERS = {                        # by what they stand on, then by name
+    "deformable": {
+        "deformable": decoder_base.Decoder,
+        "deformable_fixed": deformable.FixedReferenceDecoder,
+        "dac": decoder_dac.DACDecoder,
+        "dac_release": dac_release.DACReleaseDecoder,
+        "decoupled": decoder_decoupled_deformable.DecoupledDecoder,
+        "dac_decoupled": decoder_decoupled_deformable.DACDecoupledDecoder,
+        "split": decoder_decoupled_deformable.SplitDecoder,
+    },
+}
+QUERIES = {
+    "deformable": {
+        "two_stage": proposals.TwoStageQueries,
+        "two_stage_unmixed": deformable.UnmixedTwoStageQueries,
+        "learned": deformable.LearnedQueries,
+        "task_aware": query_gen.TaskAwareQueries,
+    },
+}
+DENOISABLE = "two_stage", "two_stage_unmixed"       # queries whose positions are made of boxes
+BACKBONES = {
+    "convnet": lambda r: backbone.ConvNet(),
+    "resnet50": lambda r: backbone.ResNet50(),
+    "swin_l": lambda r: swin.Swin(*r.swin),
+}
+LOSSES = {
+    "focal": criterion.focal_loss,
+    "tal": criterion.task_aligned_loss,
+    "align": align_loss.layer_loss,
+}
+
+
+def names(table):
+    """All names of a table that is sorted by base, each once."""
+    return tuple(dict.fromkeys(name for here in table.values() for name in here))
+
+
+def build(cfg):
+    """Build a model.Detector with random weights, as a config.Config describes it."""
+    r = cfg.recipe
+    body = BACKBONES[cfg.backbone](r)
+    sizes = r.d_model, r.num_heads, r.num_levels, r.num_points, r.d_ffn
+    decoder = DECODERS[r.base][cfg.model](r.decoder_layers, *sizes, r.num_classes)
+    num_sets = getattr(decoder, "num_sets", 1)
+    queries = QUERIES[r.base][cfg.queries](r.num_queries, r.d_model, r.num_classes, num_sets)
+    if cfg.queries == "learned":
+        with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
+            decoder.box_heads[0][-1].bias[2:] = -2
+    parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
+             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder)
+    if cfg.dn_number:
+        return denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
+    return model.Detector(*parts)
+
+
+class Training(NamedTuple):
+    """How the detector of a config is trained, beside its weights."""
+    inputs: Callable        # (images, is_pad, targets, step, rank) -> arguments of the detector
+    loss: Callable          # (output, targets, num_objects) -> criterion's parts
+
+
+def training(cfg):
+    """Find the inputs and the loss of a config.Config. -> Training"""
+    layer_loss = LOSSES[cfg.loss]
+    base_loss = (dac_release if cfg.model == "dac_release" else criterion).detection_loss
+
+    def inputs(images, is_pad, targets, step, rank):
+        return images, is_pad
+
+    def noisy_inputs(images, is_pad, targets, step, rank):
+        generator = batches.generator(cfg.seed, step, rank)     # so a resumed run sees the same
+        return images, is_pad, denoising.noisy_copies(targets, cfg.recipe.num_classes, generator,
+                                                      cfg.dn_number)
+
+    def denoising_loss(output, targets, num_objects, layer_loss):
+        parts = base_loss(output, targets, num_objects, layer_loss)
+        return denoising.add_losses(parts, output, targets, num_objects, layer_loss)
+
+    if cfg.dn_number:
+        return Training(noisy_inputs, functools.partial(denoising_loss, layer_loss=layer_loss))
+    return Training(inputs, functools.partial(base_loss, layer_loss=layer_loss))

@@ -1,0 +1,55 @@
+"""The data sets of a run: what its config says of images, classes and sizes, opened.
+
+Read after `config.py`.
+"""
+from ..data import dataset, transforms
+
+NUM_VAL_SHAPES = 200
+
+
+def open_train(cfg):
+    """Open the training set: augmented, and its first 100 images as they are, to test on."""
+    test = transforms.resize(cfg.size, cfg.recipe.max_size)
+    if not cfg.coco:
+        return tuple(dataset.open_shapes("train", transform, num_images, cfg.size, cfg.seed)
+                     for transform, num_images in ((transforms.flip_only(), cfg.images),
+                                                   (test, min(cfg.images, 100))))
+    augment = transforms.multi_scale_and_crop(cfg.size, cfg.recipe.max_size)
+    augmented, plain = (dataset.open_folder(cfg.coco, "train", transform, cfg.images,
+                                            class_names(cfg), cfg.seed)
+                        for transform in (augment, test))
+    plain.image_ids = plain.image_ids[:100]
+    return augmented, plain
+
+
+def open_val(cfg, categories):
+    """Open the validation set, labelled as the training set; the same shapes for every seed."""
+    test = transforms.resize(cfg.size, cfg.recipe.max_size)
+    if cfg.coco:
+        val_set, names = dataset.open_folder(cfg.coco, "val", test), class_names(cfg)
+        val_set.categories = [c for c in val_set.categories if not names or c["name"] in names]
+    else:
+        val_set = dataset.open_shapes("val", test, NUM_VAL_SHAPES, cfg.size)
+    dataset.relabel(val_set, categories)
+    return val_set
+
+
+def class_names(cfg):
+    """Split --classes into a list."""
+    return [name.strip() for name in cfg.classes.split(",") if name.strip()]
+
+
+def check_queries(train_set, num_queries):
+    """Refuse a set where an object would go without a query.
+
+    Raises:
+        ValueError: naming the image of most objects
+    """
+    counts = {image_id: sum(not a["iscrowd"] and a["category_id"] in train_set.label_of
+                            for a in train_set.coco.imgToAnns.get(image_id, []))
+              for image_id in train_set.image_ids}
+    fullest = max(counts, key=counts.get)
+    if counts[fullest] > num_queries:
+        raise ValueError(f"image {fullest} holds {counts[fullest]} objects but the preset has "
+                         f"{num_queries} queries, and each object needs one: take a preset with "
+                         "more, or leave that image out")
