@@ -43,7 +43,9 @@ def deformable_attention(value, spatial_shapes, locations, weights):
     Raises:
         ValueError: the shapes do not add up to S
     """
-    check_shapes(value, spatial_shapes)
+    if sum(h * w for h, w in spatial_shapes) != value.shape[1]:
+        raise ValueError(f"spatial_shapes {spatial_shapes} do not add up to the {value.shape[1]} "
+                         "cells of value: levels missing, or the sizes of another image?")
     B, N, H, L, K, _ = locations.shape
     value = value.permute(0, 2, 3, 1).flatten(0, 1)                             # (B*H, D/H, S)
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B*H, N, L, K, 2)
@@ -54,13 +56,6 @@ def deformable_attention(value, spatial_shapes, locations, weights):
                               align_corners=False, padding_mode="zeros")        # (B*H, D/H, N, K)
         out = out + torch.einsum("bdnk,bnk->bdn", found, weights[:, :, level])  # (B*H, D/H, N)
     return out.unflatten(0, (B, H)).flatten(1, 2).transpose(1, 2)               # (B, N, D)
-
-
-def check_shapes(value, spatial_shapes):
-    """Raises ValueError where the levels do not hold the cells of value, (B, S, ...)."""
-    if sum(h * w for h, w in spatial_shapes) != value.shape[1]:
-        raise ValueError(f"spatial_shapes {spatial_shapes} do not add up to the {value.shape[1]} "
-                         "cells of value: levels missing, or the sizes of another image?")
 
 
 class DeformableAttention(nn.Module):
@@ -156,7 +151,8 @@ def ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_we
     if isinstance(shapes, torch.Tensor):
         shapes = [(h, w) for h, w in shapes.tolist()]
     rows_are_faster = (value.device.type == "cpu" and value.dtype == torch.float32
-                       and not torch.compiler.is_compiling())
+                       and not torch.compiler.is_compiling()
+                       and sum(h * w for h, w in shapes) == value.shape[1])     # else an error
     attend = by_rows if rows_are_faster else deformable_attention
     return attend(value, shapes, sampling_locations, attention_weights)
 
@@ -167,9 +163,8 @@ def by_rows(value, spatial_shapes, locations, weights):
     A sampling point reads four cells, so a query and head read T = 4*L*K rows of the table that
     `value` becomes, (B*S*H, D/H), each times bilinear share times attention weight.
 
-    Arguments, result and errors as there.
+    Arguments and result as there; the shapes must add up to S.
     """
-    check_shapes(value, spatial_shapes)
     B, S, H, d = value.shape
     _, N, _, L, K, _ = locations.shape
     size = locations.new_tensor([(w, h) for h, w in spatial_shapes])                    # (L, 2)

@@ -100,8 +100,3 @@ def sine(x, num_channels):
 def embed_points(points, d_model):
     """Embed points (x, y), (..., 2) -> (..., D): the y half first, as DETR has it."""
     return torch.cat([sine(points[..., 1], d_model // 2), sine(points[..., 0], d_model // 2)], -1)
-
-
-def embed_boxes(boxes, d_model):
-    """Embed cxcywh boxes, (..., 4) -> (..., 2D): D/2 channels each for cx, cy, w and h."""
-    return sine(boxes, d_model // 2).flatten(-2)

@@ -26,18 +26,6 @@ class Parts(NamedTuple):
     pairs: int              # (query, object) pairs of the last layer, for the log
 
 
-def one_to_one(logits, pred_boxes, target):
-    """[DETR Eq. 1]  The pairs that teach the O-Decoder. -> query_idx, gt_idx, (M,) each"""
-    return matcher.one_to_one(
-        matcher.match_cost(logits, pred_boxes, target.labels, target.boxes))
-
-
-def one_to_many(logits, pred_boxes, target):
-    """[DAC Eq. 4]  The pairs that teach the C-Decoder. -> query_idx, gt_idx, (P,) each"""
-    return matcher.one_to_many(
-        matcher.match_quality(logits.sigmoid(), pred_boxes, target.labels, target.boxes))
-
-
 class Pairs(NamedTuple):
     """The P matched pairs of one layer, over all images of the batch."""
     image_idx: torch.Tensor     # (P,)
@@ -45,25 +33,6 @@ class Pairs(NamedTuple):
     object_idx: torch.Tensor    # (P,)    objects are numbered through the batch
     labels: torch.Tensor        # (P,)    of the object
     boxes: torch.Tensor         # (P, 4)  of the object, cxcywh
-
-
-def match(layer, targets, assign):
-    """Assign queries and objects of one layer, image by image.
-
-    Args:
-        layer    Predictions
-        targets  [data.Target], one an image
-        assign   one_to_one, one_to_many, or another of the same form
-    Returns:
-        Pairs, without gradient
-    """
-    pairs, first_object = [], 0
-    for image, (logits, pred_boxes, target) in enumerate(zip(*layer, targets)):
-        query_idx, gt_idx = assign(logits, pred_boxes, target)
-        pairs.append((torch.full_like(query_idx, image), query_idx, first_object + gt_idx,
-                      target.labels[gt_idx], target.boxes[gt_idx]))
-        first_object += len(target.labels)
-    return Pairs(*(torch.cat(column) for column in zip(*pairs)))
 
 
 def box_loss(layer, pairs, weights=1.0):
@@ -107,23 +76,37 @@ def task_aligned_loss(layer, pairs):
     return TAL_WEIGHT * tal_loss.tal_loss(layer.logits, wanted), *box_loss(layer, pairs)
 
 
-def decoder_loss(layers, targets, assign, layer_loss, normaliser):
+def quality(logits, pred_boxes, gt_labels, gt_boxes):
+    """[DAC Eq. 4]  matcher.match_quality of what a layer predicts. -> (N, M)"""
+    return matcher.match_quality(logits.sigmoid(), pred_boxes, gt_labels, gt_boxes)
+
+
+def decoder_loss(layers, targets, score, pair, layer_loss, normaliser, judged=None):
     """Sum the losses of a decoder's layers; in each layer, queries and objects are matched anew.
 
     Args:
         layers      [Predictions], one a layer
         targets     [data.Target], one an image
-        assign      (logits, pred_boxes, target) of one image -> query_idx, gt_idx
+        score       (logits, pred_boxes, gt_labels, gt_boxes) of one image -> (N, M)
+        pair        (N, M) -> query_idx, gt_idx
         layer_loss  focal_loss, task_aligned_loss, or another of the same form
         normaliser  a float >= 1, by which the sums are divided
+        judged      [Predictions] that are scored, if not the layers themselves
     Returns:
         Parts
     """
     terms = []
-    for layer in layers:
+    for layer, judged_layer in zip(layers, judged or layers):
+        pairs, first_object = [], 0
+        for image, (logits, pred_boxes, target) in enumerate(zip(*judged_layer, targets)):
+            with torch.no_grad():
+                matrix = score(logits.to(pred_boxes.dtype), pred_boxes, target.labels, target.boxes)
+                query_idx, gt_idx = pair(matrix)
+            pairs.append((torch.full_like(query_idx, image), query_idx, first_object + gt_idx,
+                          target.labels[gt_idx], target.boxes[gt_idx]))
+            first_object += len(target.labels)
+        pairs = Pairs(*(torch.cat(column) for column in zip(*pairs)))
         layer = layer._replace(logits=layer.logits.to(layer.boxes.dtype))   # autocast's are bf16
-        with torch.no_grad():
-            pairs = match(layer, targets, assign)
         terms.append(layer_loss(layer, pairs))
     return Parts(*(sum(term) / normaliser for term in zip(*terms)), len(pairs.query_idx))
 
@@ -143,12 +126,14 @@ def detection_loss(output, targets, num_objects, layer_loss=focal_loss):
         {"O", "C", "encoder": Parts}, of which the last two only if the model has them
     """
     normaliser, c_normaliser = max(num_objects, 1.0), max(C_NORMALISER * num_objects, 1.0)
-    parts = {"O": decoder_loss(output.o_decoder, targets, one_to_one, layer_loss, normaliser)}
+    one_to_one = matcher.match_cost, matcher.one_to_one         # [DETR Eq. 1]
+    one_to_many = quality, matcher.one_to_many                  # [DAC Eq. 4]
+    parts = {"O": decoder_loss(output.o_decoder, targets, *one_to_one, layer_loss, normaliser)}
     if output.c_decoder:
-        parts["C"] = decoder_loss(output.c_decoder, targets, one_to_many, layer_loss, c_normaliser)
+        parts["C"] = decoder_loss(output.c_decoder, targets, *one_to_many, layer_loss, c_normaliser)
     if output.proposals is not None:
         objects = [t._replace(labels=torch.zeros_like(t.labels)) for t in targets]
-        parts["encoder"] = decoder_loss([output.proposals], objects, one_to_one, focal_loss,
+        parts["encoder"] = decoder_loss([output.proposals], objects, *one_to_one, focal_loss,
                                         normaliser)
     return parts
 

@@ -36,11 +36,7 @@ class Detector(nn.Module):
         features = self.projections(self.backbone(images))          # [(B, D, h/8, w/8), ...]
         memory = self.encoder(features, is_pad)
         queries = self.queries(memory)
-        return self.decode(queries, memory)
-
-    def decode(self, queries, memory):
-        """Run the decoder; the C-Decoder, where there is one, runs in training only."""
-        predictions = self.decoder.o_decoder(queries, memory)
-        has_c = self.training and hasattr(self.decoder, "c_decoder")
-        return Output(predictions, self.decoder.c_decoder(queries, memory) if has_c else [],
-                      queries.proposals)
+        o_predictions = self.decoder.o_decoder(queries, memory)
+        trains_both = self.training and hasattr(self.decoder, "c_decoder")
+        c_predictions = self.decoder.c_decoder(queries, memory) if trains_both else []
+        return Output(o_predictions, c_predictions, queries.proposals)

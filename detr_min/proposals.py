@@ -105,7 +105,7 @@ class TwoStageQueries(nn.Module):
 
     def embed(self, ref_boxes):
         """Make a position and a content out of boxes. (B, N, 4) -> (B, N, D), (B, N, D)"""
-        sines = boxes.embed_boxes(ref_boxes, self.d_model)                              # (B, N, 2D)
+        sines = boxes.sine(ref_boxes, self.d_model // 2).flatten(-2)                    # (B, N, 2D)
         return self.pos_norm(self.pos_project(sines)).chunk(2, dim=-1)
 
     def forward(self, memory):

@@ -1,94 +1,267 @@
-"""Where queries come from: learned, or from the encoder's best boxes."""
-import helpers
+"""SD-DETR's task-aware queries: what a box holds [SD Eq. 4], which points of it matter [SD Eq. 5].
+
+The part of query_gen.py that Decoupled DETR adds; the rest is in test_query_gen.py.
+"""
+import math
+
 import pytest
 import torch
-import torch.nn.functional as F
+import torchvision.ops as ops
 from torch.testing import assert_close
+from torchvision.ops.poolers import LevelMapper
 
-from detr_min import boxes, proposals
-from detr_min.release import deformable
+from detr_min import attention, boxes, query_gen
 
-EXACT = dict(atol=1e-12, rtol=0)
-D, C = 8, 3
-
-
-def a_memory(**shape):
-    return helpers.padded_memory(D, **shape)
+D = 16
 
 
-# Learned queries
+def f64(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def test_learned_queries():
-    """[Deformable DETR Sec. 4.1] the same for every image; the point is read off the position."""
-    ask = helpers.randomise(deformable.LearnedQueries(5, D, 4, num_sets=2))
-    queries = ask(a_memory())
-    pos, content = ask.pos_and_content[:, :D], ask.pos_and_content[:, D:]
-    linear = ask.reference_points
-    for image in range(2):
-        assert_close(queries.pos[0, image], pos, **EXACT)
-        assert_close(queries.content[0, image], content, **EXACT)
-        points = (pos @ linear.weight.T + linear.bias).sigmoid()
-        assert_close(queries.ref_boxes[image], points, **EXACT)
-    assert queries.content.shape == queries.pos.shape == (2, 2, 5, D)
-    assert queries.ref_boxes.shape == (2, 5, 2) and queries.proposals is None
-    queries.ref_boxes.sum().backward()                  # points are learned: nothing is detached
-    assert linear.weight.grad.abs().max() > 1e-3 and ask.pos_and_content.grad.abs().max() > 1e-3
+def a_memory(levels, is_pad=None):
+    """A Memory of levels [(B, D, h, w), ...]; is_pad [(B, h, w), ...] where there is padding."""
+    if is_pad is None:
+        is_pad = [torch.zeros(x.shape[0], *x.shape[2:], dtype=torch.bool) for x in levels]
+    ratios = [torch.stack([(~p[:, 0]).double().mean(-1), (~p[:, :, 0]).double().mean(-1)], -1)
+              for p in is_pad]
+    return attention.Memory(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
+                            torch.cat([p.flatten(1) for p in is_pad], dim=1),
+                            [tuple(x.shape[2:]) for x in levels],
+                            torch.stack(ratios, dim=1).to(levels[0]))
 
 
-# Two-stage queries
+@pytest.fixture
+def generator():
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)
 
-BOTH = [proposals.TwoStageQueries, deformable.UnmixedTwoStageQueries]
+
+@pytest.fixture
+def padded(generator):
+    """Levels of 32x40 and 16x20 cells; of the second image only 24x20 and 12x10 are image."""
+    levels = [torch.randn(2, D, h, w, generator=generator, dtype=torch.float64)
+              for h, w in ((32, 40), (16, 20))]
+    is_pad = [torch.zeros(2, h, w, dtype=torch.bool) for h, w in ((32, 40), (16, 20))]
+    for pad in is_pad:
+        h, w = pad.shape[1:]
+        pad[1, 3 * h // 4:] = True
+        pad[1, :, w // 2:] = True
+    return levels, a_memory(levels, is_pad)
 
 
-@pytest.mark.parametrize("cls", BOTH)
-@pytest.mark.parametrize("num_sets", [1, 2])
-def test_two_stage_by_definition(cls, num_sets):
-    """Content is learned [DINO Sec. 3.4], or comes from the box [Deformable DETR App. A.4]."""
-    ask, memory = helpers.randomise(cls(5, D, C, num_sets)), a_memory()
-    queries = ask(memory)
-    proposals = ask.mini_detector(memory)
+# --- region features [SD Eq. 4] -------------------------------------------------------------------
+
+def test_region_features_by_hand():
+    """[SD Eq. 4]  On a map that says its own column, a box 7 columns wide reads the 7."""
+    columns = torch.arange(16.).double().expand(1, 1, 8, 16)            # value = column number
+    box = f64(8.5 / 16, .5, 7 / 16, 7 / 8)[None, None]      # columns 5 to 12: 7 cells wide
+    found = query_gen.region_features(a_memory([columns]), box)
+    # bin i is one cell wide, its centre is 5 + i + .5 cells from the left: cell number 5 + i
+    assert_close(found, f64(5, 6, 7, 8, 9, 10, 11).expand(1, 1, 7, 7), atol=1e-12, rtol=0)
+
+
+def test_region_features_of_a_constant_map_are_the_constant():
+    """[SD Eq. 4]"""
+    levels = [f64(*range(D))[None, :, None, None].expand(1, D, s, s) for s in (32, 16)]
+    ref_boxes = f64([.5, .5, .2, .3], [.4, .6, .7, .6])[None]
+    found = query_gen.region_features(a_memory(levels), ref_boxes)
+    assert_close(found, f64(*range(D))[None, :, None, None].expand(2, D, 7, 7))
+
+
+def test_level_of_is_that_of_feature_pyramid_networks(generator):
+    """[Feature Pyramid Networks Eq. 1]  torchvision's own map, for levels of stride 8, 16, 32."""
+    w, h = 800, 640
+    levels = [torch.zeros(1, 1, h // s, w // s, dtype=torch.float64) for s in (8, 16, 32)]
+    side = 2 ** (torch.rand(200, generator=generator).double() * 7 + 3)         # 8 to 1024 px
+    ref_boxes = torch.stack([side * 0, side * 0, side / w, side / h], -1).clamp(max=1)
+    xyxy_px = torch.stack([side * 0, side * 0, ref_boxes[:, 2] * w, ref_boxes[:, 3] * h], -1)
+    expected = LevelMapper(3, 5)([xyxy_px]).to(torch.int64)         # 0, 1, 2 for strides 8, 16, 32
+    found = query_gen.level_of(ref_boxes[None], a_memory(levels))[0]
+    assert_close(found, expected)
+    assert found.unique().tolist() == [0, 1, 2]
+
+
+def test_region_features_are_roi_align_box_by_box(padded, generator):
+    """[SD Eq. 4]  torchvision's RoIAlign, box by box, in cells of the image without padding."""
+    levels, memory = padded
+    ref_boxes = torch.rand(2, 12, 4, generator=generator, dtype=torch.float64) * .5 + .3
+    ref_boxes[:, :4, 2:] = .9                                               # large: from level 1
+    ref_boxes[:, 4:8, 2:] *= .3
+    found, n = query_gen.region_features(memory, ref_boxes), 0
+    used = set()
     for b in range(2):
-        order = sorted(range(30), key=lambda s: -proposals.logits[b, s, 0].item())[:5]
-        for n, s in enumerate(order):
-            box = proposals.boxes[b, s]
-            assert_close(queries.ref_boxes[b, n], box, **EXACT)
-            sines = torch.cat([boxes.sine(side, D // 2) for side in box])            # (2D,)
-            sines = ask.pos_project.weight @ sines + ask.pos_project.bias
-            both = F.layer_norm(sines, (2 * D,), ask.pos_norm.weight, ask.pos_norm.bias)
-            for t in range(num_sets):           # both tasks start from the same box
-                content = ask.content[t][n] if cls is proposals.TwoStageQueries else both[D:]
-                assert_close(queries.pos[t, b, n], both[:D], **EXACT)
-                assert_close(queries.content[t, b, n], content, **EXACT)
-    assert queries.content.shape == queries.pos.shape == (num_sets, 2, 5, D)
-    assert_close(queries.proposals.logits, proposals.logits, **EXACT)
+        h0, w0 = (32, 40) if b == 0 else (24, 20)                           # image cells of level 0
+        for cx, cy, w, h in ref_boxes[b].tolist():
+            level = 0 if math.sqrt(w * w0 * h * h0) < 28 else 1             # 14 * 2^1
+            corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            in_cells = corners * f64(w0, h0, w0, h0) / 2 ** level
+            expected = ops.roi_align(levels[level][b:b + 1], [in_cells[None]], 7, aligned=True)
+            assert_close(found[n:n + 1], expected, atol=1e-12, rtol=0)
+            n, used = n + 1, used | {level}
+    assert used == {0, 1} and n == len(found)
 
 
-@pytest.mark.parametrize("cls", BOTH)
-def test_decoder_losses_do_not_reach_the_mini_detector(cls):
-    """It has a loss of its own: references are detached, proposals are not."""
-    ask, memory = helpers.randomise(cls(5, D, C, 1)), a_memory()
-    queries = ask(memory)
-    weights = torch.randn(queries.pos.shape).double()
-    ((queries.pos + queries.content) * weights).sum().backward()
-    assert not queries.ref_boxes.requires_grad
-    assert all(p.grad is None for p in ask.mini_detector.parameters())
-    assert ask.pos_project.weight.grad.abs().max() > 1e-3
-    (queries.proposals.logits.sum() + queries.proposals.boxes.sum()).backward()
-    for name, p in ask.mini_detector.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 1e-6, name
+# --- points [SD Eq. 5] ----------------------------------------------------------------------------
+
+def test_points_start_on_a_ring():
+    """[SD Eq. 5]  Whatever the box holds, point m starts half way to the rim at 2 pi m / M."""
+    points = query_gen.PointPredictor(D, num_points=4)(torch.randn(3, D, 7, 7))
+    ring = torch.tensor([[.5, 0], [0, .5], [-.5, 0], [0, -.5]])
+    assert_close(points, ring.expand(3, 4, 2), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("cls", BOTH)
-def test_fewer_cells_than_queries(cls):
-    """A small image has 6 + 2 cells, 20 queries are asked for: 8 come, and they are all cells."""
-    memory = a_memory(shapes=[(2, 3), (1, 2)])
-    queries = helpers.randomise(cls(20, D, C, 2))(memory)
-    assert queries.content.shape == queries.pos.shape == (2, 2, 8, D)
-    assert queries.ref_boxes.shape == (2, 8, 4)
-    assert all(x.isfinite().all() for x in queries[:3])
+def test_points_by_definition(generator):
+    """[SD Eq. 5]  R_SP = MLP(ConvNet(F_R)), then tanh: the layers written out."""
+    predict = shaken(query_gen.PointPredictor(D, num_points=5).double(), generator)
+    features = torch.randn(3, D, 7, 7, generator=generator, dtype=torch.float64)
+    conv, *mlp = [m for m in predict.net if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    x = torch.einsum("pdyx,cd->pcyx", features, conv.weight[:, :, 0, 0]) + conv.bias[:, None, None]
+    x = x.clamp(min=0).flatten(1)
+    for linear in mlp[:-1]:
+        x = (x @ linear.weight.T + linear.bias).clamp(min=0)
+    x = x @ mlp[-1].weight.T + mlp[-1].bias
+    points = predict(features)
+    assert_close(points, torch.tanh(x).reshape(3, 5, 2), atol=1e-12, rtol=0)
+    assert points.flatten(1).std(0).min() > 0               # they depend on what the box holds
 
 
-def test_unmixed_queries_learn_no_content():
-    assert "content.0" in dict(proposals.TwoStageQueries(5, D, C, 1).named_parameters())
-    assert "content" not in deformable.UnmixedTwoStageQueries(5, D, C, 1).state_dict()
+def shaken(module, generator, by=.2):
+    with torch.no_grad():
+        for p in module.parameters():
+            p += by * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+    return module
+
+
+@pytest.mark.parametrize("scale", [0, 1, 1e6])
+def test_points_stay_inside_the_box_for_any_input(generator, scale):
+    """[SD Eq. 5]"""
+    predict = shaken(query_gen.PointPredictor(D), generator, by=2)
+    points = predict(scale * torch.randn(20, D, 7, 7, generator=generator))
+    assert points.abs().max() <= 1 and points.shape == (20, 8, 2)
+
+
+# --- from points to queries, after [SD Eq. 5] -----------------------------------------------------
+
+def test_points_in_the_centre_read_the_centre(generator):
+    """After [SD Eq. 5].  R_SP = 0: content is the middle cell of 7 x 7, position is PE(centre)."""
+    features = torch.randn(2, D, 7, 7, generator=generator, dtype=torch.float64)
+    ref_boxes = f64([.3, .6, .2, .4], [.5, .2, .1, .1])
+    content, pos = query_gen.points_to_query(features, torch.zeros(2, 8, 2).double(), ref_boxes)
+    assert_close(content, features[:, :, 3, 3], atol=1e-12, rtol=0)
+    assert_close(pos, boxes.embed_points(ref_boxes[:, :2], D), atol=1e-12, rtol=0)
+
+
+def test_points_to_query_by_hand():
+    """After [SD Eq. 5].  x first. On a map that says its column, x = 4/7 is column 5."""
+    columns = torch.arange(7.).double().expand(1, D, 7, 7)
+    points = f64([4 / 7, 0], [-2 / 7, 6 / 7])[None]         # columns 3 + 2 and 3 - 1
+    content, pos = query_gen.points_to_query(columns, points, f64(.5, .5, .7, .35)[None])
+    assert_close(content, torch.full((1, D), 3.5).double(), atol=1e-12, rtol=0)     # (5 + 2) / 2
+    # in the image: .5 + 4/7 * .7/2 = .7 and .5 - 2/7 * .7/2 = .4;  y: .5 and .5 + 6/7 * .35/2 = .65
+    expected = (boxes.embed_points(f64(.7, .5), D) + boxes.embed_points(f64(.4, .65), D)) / 2
+    assert_close(pos[0], expected, atol=1e-12, rtol=0)
+
+
+def test_points_to_query_by_definition(generator):
+    """After [SD Eq. 5].  Bilinear between the centres of 7 x 7 cells, constant beyond them."""
+    features = torch.randn(2, D, 7, 7, generator=generator, dtype=torch.float64)
+    points = torch.rand(2, 3, 2, generator=generator, dtype=torch.float64) * 2 - 1
+    points[0, 0] = f64(-1, 1)                                                   # a corner
+    ref_boxes = torch.rand(2, 4, generator=generator, dtype=torch.float64)
+    content, pos = query_gen.points_to_query(features, points, ref_boxes)
+    for p in range(2):
+        expected, expected_pos = torch.zeros(D).double(), torch.zeros(D).double()
+        for x, y in points[p].tolist():
+            column, row = min(max((x + 1) * 3.5 - .5, 0), 6), min(max((y + 1) * 3.5 - .5, 0), 6)
+            c, r = min(int(column), 5), min(int(row), 5)
+            right, down = column - c, row - r
+            f = features[p]
+            upper = (1 - right) * f[:, r, c] + right * f[:, r, c + 1]
+            lower = (1 - right) * f[:, r + 1, c] + right * f[:, r + 1, c + 1]
+            expected += ((1 - down) * upper + down * lower) / 3
+            cx, cy, w, h = ref_boxes[p].tolist()
+            expected_pos += boxes.embed_points(f64(cx + x * w / 2, cy + y * h / 2), D) / 3
+        assert_close(content[p], expected, atol=1e-12, rtol=0)
+        assert_close(pos[p], expected_pos, atol=1e-12, rtol=0)
+
+
+# --- the whole [SD Eq. 4-5] -----------------------------------------------------------------------
+
+def test_two_tasks_get_two_queries_from_one_anchor(padded, generator):
+    """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box."""
+    _, memory = padded
+    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)
+    out = queries(memory)
+    assert out.content.shape == out.pos.shape == (2, 2, 5, D) and out.ref_boxes.shape == (2, 5, 4)
+    features = query_gen.region_features(memory, out.ref_boxes)
+    ref_boxes = out.ref_boxes.flatten(0, 1)
+    for task in range(2):
+        points = queries.predictors[task](features)
+        content, pos = query_gen.points_to_query(features, points, ref_boxes)
+        rank = queries.content[task].repeat(2, 1)       # DEVIATION: anchor n has learned content n
+        assert_close(out.content[task].flatten(0, 1), content + rank, atol=1e-12, rtol=0)
+        assert_close(out.pos[task].flatten(0, 1), pos, atol=1e-12, rtol=0)
+    assert (out.content[0] - out.content[1]).abs().max() > 1e-2
+
+
+def test_queries_start_at_the_most_objectlike_cells(padded, generator):
+    """[SD Eq. 4]  R_box: the N proposals of highest logit 0, best first."""
+    _, memory = padded
+    out = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)(memory)
+    for b in range(2):
+        objectness = out.proposals.logits[b, :, 0].tolist()
+        best = sorted(range(len(objectness)), key=lambda cell: -objectness[cell])[:5]
+        assert_close(out.ref_boxes[b], out.proposals.boxes[b, best].detach(), atol=0, rtol=0)
+
+
+def test_anchors_get_no_gradient_points_and_features_do(padded, generator):
+    """[SD Eq. 4-5]  The decoder's losses teach where to look in a box, not where the box is."""
+    _, memory = padded
+    memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
+    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)
+    out = queries(memory)
+    assert not out.ref_boxes.requires_grad, "the anchors have a gradient"
+    (out.content.square().sum() + out.pos.square().sum()).backward()
+    assert all(p.grad is None for p in queries.mini_detector.parameters())
+    for predictor in queries.predictors:
+        for name, p in predictor.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, (
+                f"the points learn nothing: {name} of their predictor has gradient {p.grad}")
+    assert memory.tokens.grad.abs().max() > 0
+
+
+def spread_after_training(predict, features, steps=10):
+    """Least distance between two points of a box after a few steps of AdamW on some loss."""
+    optimizer = torch.optim.AdamW(predict.parameters(), lr=3e-3)
+    ref_boxes = torch.tensor([.5, .5, .6, .6]).expand(len(features), 4)
+    for _ in range(steps):
+        content, pos = query_gen.points_to_query(features, predict(features), ref_boxes)
+        optimizer.zero_grad()
+        ((content - 1) ** 2).sum().add(pos.sum()).backward()
+        optimizer.step()
+    points = predict(features).detach()
+    return torch.stack([torch.pdist(p).min() for p in points]).min().item()
+
+
+def test_points_stay_apart_and_where_they_start_equal_stay_equal(generator):
+    """[SD Eq. 5]  The trap: in a mean, equal points get equal gradients.
+
+    A zero initialisation never moves them apart; a ring need not.
+    """
+    features = torch.randn(4, D, 7, 7, generator=generator)
+    ring, zero = query_gen.PointPredictor(D), query_gen.PointPredictor(D)
+    zero.net[-1].bias.data.zero_()
+    before = zero(features).detach()
+    assert spread_after_training(ring, features) > .1       # at first 2 * .5 * sin(pi/8) = .38
+    assert spread_after_training(zero, features) == 0
+    assert (zero(features) - before).abs().max() > 1e-2             # and yet it did learn
+
+
+def test_fewer_cells_than_queries(generator):
+    """[SD Eq. 4]  A small image has S < N cells: every cell becomes a query, none twice."""
+    memory = a_memory([torch.randn(2, D, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
+    out = query_gen.TaskAwareQueries(50, D, 3, num_sets=2)(memory)
+    assert out.content.shape == (2, 2, 8, D) and out.ref_boxes.shape == (2, 8, 4)
+    assert_close(out.ref_boxes.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)
+    assert out.content.isfinite().all() and out.pos.isfinite().all()

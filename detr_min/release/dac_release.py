@@ -6,7 +6,7 @@ another rule, from the C-Decoder's scores and the O-Decoder's boxes. Read `decod
 """
 import torch
 
-from .. import criterion, decoder_dac, matcher
+from .. import criterion, decoder_dac
 
 
 class DACReleaseDecoder(decoder_dac.DACDecoder):
@@ -71,20 +71,9 @@ def detection_loss(output, targets, num_objects, layer_loss=criterion.focal_loss
     """
     parts = criterion.detection_loss(output._replace(c_decoder=[]), targets, num_objects,
                                      layer_loss)
-    terms, pairs = [], None
-    for o_layer, c_layer in zip(output.o_decoder, output.c_decoder):
-        c_layer = c_layer._replace(logits=c_layer.logits.to(c_layer.boxes.dtype))
-        with torch.no_grad():
-            pairs = criterion.match(c_layer._replace(boxes=o_layer.boxes), targets, assign)
-        terms.append(layer_loss(c_layer, pairs))
-    if terms:
-        normaliser = max(criterion.C_NORMALISER * num_objects, 1.0)
-        parts["C"] = criterion.Parts(*(sum(term) / normaliser for term in zip(*terms)),
-                                     len(pairs.query_idx))
+    if output.c_decoder:
+        mixed = [c._replace(boxes=o.boxes) for o, c in zip(output.o_decoder, output.c_decoder)]
+        parts["C"] = criterion.decoder_loss(
+            output.c_decoder, targets, criterion.quality, one_to_many, layer_loss,
+            max(criterion.C_NORMALISER * num_objects, 1.0), judged=mixed)
     return parts
-
-
-def assign(logits, pred_boxes, target):
-    """The release's pairs of one image. -> query_idx, gt_idx"""
-    return one_to_many(
-        matcher.match_quality(logits.sigmoid(), pred_boxes, target.labels, target.boxes))

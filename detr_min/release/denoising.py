@@ -5,7 +5,6 @@ in front of the others. A group holds each object twice: a positive, whose box i
 find the object again; a negative, further off, must predict that there is none. Read `model.py` and
 `criterion.py` before.
 """
-import functools
 from typing import NamedTuple
 
 import torch
@@ -89,13 +88,14 @@ class DenoisingDetector(model.Detector):
 
     def forward(self, images, is_pad, noisy=None):
         """Predict as model.Detector does; with `noisy`, a Noisy, also for its E slots. -> Output"""
+        if noisy is None:
+            return Output(*super().forward(images, is_pad))
         memory = self.encoder(self.projections(self.backbone(images)), is_pad)
         queries = self.queries(memory)
-        if noisy is None:
-            return Output(*self.decode(queries, memory))
-        both = self.decode(self.prepend(noisy, queries), memory)
-        (o_denoised, o_layers), (c_denoised, c_layers) = (
-            split(layers, noisy.labels.shape[1]) for layers in (both.o_decoder, both.c_decoder))
+        both, E = self.prepend(noisy, queries), noisy.labels.shape[1]
+        o_denoised, o_layers = split(self.decoder.o_decoder(both, memory), E)
+        c_decoder = getattr(self.decoder, "c_decoder", lambda *_: [])
+        c_denoised, c_layers = split(c_decoder(both, memory), E)
         return Output(o_layers, c_layers, queries.proposals, o_denoised, c_denoised)
 
     def prepend(self, noisy, queries):
@@ -120,35 +120,40 @@ def split(layers, num_slots):
             [boxes.Predictions(*(t[:, num_slots:] for t in p)) for p in layers])
 
 
-def restore(logits, pred_boxes, target, num_groups, most):
-    """The pairs of one image: each positive slot and the object that it is a copy of.
+def to_restore(targets, num_slots):
+    """Pair each positive slot with the object that it is a copy of.
 
     Args:
-        logits, pred_boxes  not looked at: nothing is matched
-        target              of G * M objects, G copies of the M
-        num_groups          G
-        most                objects of the image of most objects, M <= most
+        targets    [data.Target], one an image
+        num_slots  E
     Returns:
-        slot_idx, gt_idx, int64 (G * M,) each
+        criterion.Pairs, in which every copy is an object of its own; and the number of groups, G
     """
-    device, M = logits.device, len(target.labels) // num_groups
-    first = torch.arange(num_groups, device=device)[:, None] * 2 * most             # each group's
-    slots = (first + torch.arange(M, device=device)).flatten()
-    return slots, torch.arange(len(slots), device=device)
+    device, most = targets[0].labels.device, max(len(target.labels) for target in targets)
+    G = num_slots // (2 * most) if most else 1
+    first_slot = torch.arange(G, device=device)[:, None] * 2 * most                     # (G, 1)
+    slots = [(first_slot + torch.arange(len(target.labels), device=device)).flatten()
+             for target in targets]                                                     # (G * M,)
+    return criterion.Pairs(
+        image_idx=torch.cat([torch.full_like(slot, image) for image, slot in enumerate(slots)]),
+        query_idx=torch.cat(slots),
+        object_idx=torch.arange(sum(map(len, slots)), device=device),
+        labels=torch.cat([target.labels.repeat(G) for target in targets]),
+        boxes=torch.cat([target.boxes.repeat(G, 1) for target in targets])), G
 
 
 def add_losses(parts, output, targets, num_objects, layer_loss=criterion.focal_loss):
     """Add the denoising queries' losses to a loss's parts: "O_denoising" and "C_denoising".
 
-    Sums are divided by groups times objects. Arguments as criterion.detection_loss.
+    Nothing is matched. Sums are divided by groups times objects. Arguments as
+    criterion.detection_loss.
     """
-    most = max(len(target.labels) for target in targets)
     for name, layers in (("O_denoising", output.o_denoised), ("C_denoising", output.c_denoised)):
         if layers:
-            groups = layers[0].boxes.shape[1] // (2 * most) if most else 1
-            copies = [t._replace(labels=t.labels.repeat(groups), boxes=t.boxes.repeat(groups, 1))
-                      for t in targets]
-            pairs = functools.partial(restore, num_groups=groups, most=most)
-            parts[name] = criterion.decoder_loss(layers, copies, pairs, layer_loss,
-                                                 groups * max(num_objects, 1.0))
+            pairs, groups = to_restore(targets, layers[0].boxes.shape[1])
+            terms = [layer_loss(layer._replace(logits=layer.logits.to(layer.boxes.dtype)), pairs)
+                     for layer in layers]
+            normaliser = groups * max(num_objects, 1.0)
+            parts[name] = criterion.Parts(*(sum(term) / normaliser for term in zip(*terms)),
+                                          len(pairs.query_idx))
     return parts
