@@ -1,7 +1,19 @@
-"""What several test files build on: random weights, and a memory with a padded image."""
+"""What several test files build on: random weights, a padded memory, random queries."""
 import torch
 
-from detr_min import attention
+from detr_min import attention, proposals
+
+EXACT = dict(atol=1e-12, rtol=0)        # what float64 leaves of two ways to the same number
+
+
+def f64(*numbers):
+    """Numbers, or rows of numbers, in float64."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def random(*shape, seed=0):
+    """Normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def randomise(module, seed=0):
@@ -12,27 +24,54 @@ def randomise(module, seed=0):
     return module.double()
 
 
-def shaken(module, generator):
+def shaken(module, generator, by=0.2):
     """In float64, every parameter off its initial value: no zeros, no symmetry to hide behind."""
     module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).double()
+            parameter += by * torch.randn(parameter.shape, generator=generator).double()
     return module
 
 
-def share(is_pad):
-    """Of a row or a column of cells, the share that is image."""
-    return (~is_pad).double().mean(-1)
+def memory_of(levels, pads=None):
+    """A Memory of feature levels [(B, D, h, w), ...]; pads [(B, h, w), ...], True = padding."""
+    if pads is None:
+        pads = [torch.zeros(x.shape[0], *x.shape[2:], dtype=torch.bool) for x in levels]
+    ratios = [torch.stack([(~pad[:, 0]).double().mean(-1), (~pad[:, :, 0]).double().mean(-1)], -1)
+              for pad in pads]                                                          # (x, y)
+    return attention.Memory(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
+                            torch.cat([pad.flatten(1) for pad in pads], dim=1),
+                            [tuple(x.shape[2:]) for x in levels],
+                            torch.stack(ratios, dim=1).to(levels[0]))
 
 
 def padded_memory(D, shapes=((4, 6), (2, 3)), B=2):
-    """Random cells; of the second image half of the rows and a third of the columns are padding."""
+    """Random cells; of all images but the first, half the rows and a third of the columns are
+    padding."""
     pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
     for pad, (h, w) in zip(pads, shapes):
         pad[1:, h // 2:], pad[1:, :, w * 2 // 3:] = True, True
-    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
-    tokens = torch.randn(B, sum(h * w for h, w in shapes), D, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(0))
-    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
-    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+    return memory_of([random(B, D, h, w, seed=i) for i, (h, w) in enumerate(shapes)], pads)
+
+
+def some_queries(D, N, T=1, B=2, size=4):
+    """Random queries in T sets; their references are boxes, or with size=2 points."""
+    return proposals.Queries(random(T, B, N, D, seed=1), random(T, B, N, D, seed=2),
+                             0.2 + 0.6 * random(B, N, size, seed=3).sigmoid(), proposals=None)
+
+
+def nudge_query_0(run, queries, memory):
+    """How far each query's last logits and box move when query 0's content is negated. (N,) each
+
+    A constant added to it would not do: a layer norm takes that away again.
+    """
+    content = queries.content.clone()
+    content[:, :, 0] *= -1
+    before, after = run(queries, memory)[-1], run(queries._replace(content=content), memory)[-1]
+    return [(a - b).abs().amax(dim=(0, 2)) for a, b in zip(after, before)]
+
+
+def reordered(queries, order):
+    """The same queries, in another order."""
+    return proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
+                             queries.ref_boxes[:, order], None)

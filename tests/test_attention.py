@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from detr_min import attention
+from helpers import EXACT, memory_of, padded_memory, random, randomise
 
-EXACT = dict(atol=1e-12, rtol=0)
-
-SHAPES = [(6, 4), (3, 2)]                   # not square, so that h and w cannot be confused
-
-
-def random(*shape, seed=0):
-    """Normal numbers in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+SHAPES = [(4, 6), (2, 3)]                   # not square, so that h and w cannot be confused
 
 
 def bilinear(cells, x, y):
@@ -147,7 +141,7 @@ def test_each_head_reads_its_own_channels():
 def test_gradients():
     """Against finite differences, in every input; points keep off the kinks between centres."""
     value, locations, weights = random_inputs(B=1, N=2, H=2, K=2, d=2)
-    size = torch.tensor([[4, 6], [2, 3]])[:, None].double()                 # (w, h) of each level
+    size = torch.tensor([[6, 4], [3, 2]])[:, None].double()                 # (w, h) of each level
     cell = locations * size - 0.5
     locations = (cell.floor() + (cell - cell.floor()).clamp(0.1, 0.9) + 0.5) / size
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
@@ -215,9 +209,9 @@ def test_by_rows_has_the_same_gradients():
             assert_close(rows, plain, **EXACT)
 
 
-@pytest.mark.parametrize("attend", [attention.deformable_attention, attention.by_rows])
+@pytest.mark.parametrize("attend", [attention.deformable_attention, attention.ms_deform_attn])
 def test_shapes_that_do_not_add_up(attend):
-    value, locations, weights = random_inputs()
+    value, locations, weights = (x.float() for x in random_inputs())
     with pytest.raises(ValueError, match="30 cells.*levels missing"):
         attend(value, SHAPES[:1], locations[:, :, :, :1], weights[:, :, :, :1])
 
@@ -282,31 +276,13 @@ def test_the_fast_form_is_chosen_where_it_is_one(monkeypatch):
 # DeformableAttention: where to look
 
 
-def share(is_pad):
-    """Of a row or a column of cells, the share that is image."""
-    return (~is_pad).double().mean(-1)
-
-
-def a_memory(B=2, D=16, shapes=SHAPES, seed=0):
-    """Random cells; the second image fills 3 of 4 columns, 4 of 6 rows of level 0."""
-    pads = []
-    for h, w in shapes:
-        pad = torch.zeros(B, h, w, dtype=torch.bool)
-        pad[1:, math.ceil(h * 2 / 3):], pad[1:, :, math.ceil(w * 3 / 4):] = True, True
-        pads.append(pad)
-    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
-    tokens = random(B, sum(h * w for h, w in shapes), D, seed=seed)
-    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
-    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+def a_memory():
+    """Of the second image half the rows and a third of the columns are padding."""
+    return padded_memory(16, SHAPES)
 
 
 def a_module(D=16, H=4, L=2, K=3):
-    """Random in every parameter: zeros hide mistakes."""
-    torch.manual_seed(0)
-    module = attention.DeformableAttention(D, H, L, K).double()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
+    return randomise(attention.DeformableAttention(D, H, L, K))
 
 
 def test_initial_points_form_a_ring_in_eight_directions():
@@ -321,7 +297,7 @@ def test_initial_points_form_a_ring_in_eight_directions():
 
 def test_initial_points_reach_from_the_centre_to_the_edge_of_a_box():
     """8 heads, K = 4: to the right at 1/4, 2/4, 3/4, 4/4 of half the width. Each weighs 1/(L K)."""
-    module, memory = attention.DeformableAttention(16, 8, 2, 4), a_memory(B=1)
+    module, memory = attention.DeformableAttention(16, 8, 2, 4), padded_memory(16, SHAPES, B=1)
     memory = memory._replace(valid_ratios=memory.valid_ratios.float())
     box = torch.tensor([[[0.5, 0.4, 0.2, 0.6]]])
     locations, weights = module.look(torch.randn(1, 1, 16), box, memory)
@@ -352,7 +328,7 @@ def test_look_worked_by_hand():
 def test_module_by_definition(size):
     """[Deformable DETR Eq. 2-3] the module in loops, padded, around points and around boxes."""
     D, H, L, K, N = 16, 4, 2, 3, 5
-    module, memory = a_module(D, H, L, K), a_memory(D=D)
+    module, memory = a_module(D, H, L, K), a_memory()
     queries, references = random(2, N, D, seed=1), random(2, N, size, seed=2).sigmoid()
 
     def linear(layer, x):
@@ -388,15 +364,12 @@ def test_module_by_definition(size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_padding_changes_nothing(size):
     """The top left part of a padded level, or that part alone: the same answer."""
-    module, D = a_module(), 16
-    full, part = [(6, 8), (3, 4)], [(4, 6), (2, 3)]
-    memory = a_memory(B=2, D=D, shapes=full)        # 4 x 6 and 2 x 3 cells of the second are image
-    levels = memory.tokens[1:].split([48, 12], dim=1)
-    alone = [x.unflatten(1, all_cells)[:, :h, :w].flatten(1, 2)
-             for x, all_cells, (h, w) in zip(levels, full, part)]
-    alone = attention.Memory(torch.cat(alone, 1), torch.zeros(1, 30, dtype=torch.bool), part,
-                             torch.ones(1, 2, 2, dtype=torch.float64))
-    queries, references = random(2, 5, D, seed=1), random(2, 5, size, seed=2).sigmoid()
+    module, full = a_module(), [(8, 12), (4, 6)]
+    memory = padded_memory(16, full)            # 4 x 8 and 2 x 4 cells of the second are image
+    levels = memory.tokens[1:].split([96, 24], dim=1)
+    alone = memory_of([x.transpose(1, 2).unflatten(2, cells)[:, :, :h, :w]
+                       for x, cells, (h, w) in zip(levels, full, [(4, 8), (2, 4)])])
+    queries, references = random(2, 5, 16, seed=1), random(2, 5, size, seed=2).sigmoid()
     expected = module(queries[1:], references[1:], alone)
     assert_close(module(queries, references, memory)[1:], expected, **EXACT)
 

@@ -1,4 +1,4 @@
-"""Boxes: formats, overlaps, and the refinement step [Deformable DETR App. A.4]."""
+"""Boxes: formats, overlaps, the refinement step [Deformable DETR App. A.4], and sine embeddings."""
 import math
 
 import pytest
@@ -7,8 +7,7 @@ import torchvision.ops as ops
 from torch.testing import assert_close
 
 from detr_min import boxes
-
-EXACT = dict(atol=1e-12, rtol=0)
+from helpers import EXACT, f64
 
 
 def random_boxes(n, seed):
@@ -89,13 +88,6 @@ def test_overlaps_without_objects():
     assert boxes.paired_iou(none, none).shape == (0,)
 
 
-def test_logit_stays_finite_at_the_border():
-    p = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    edge = math.log(1e-5 / (1 - 1e-5))
-    expected = torch.tensor([edge, -math.log(3), 0.0, -edge], dtype=torch.float64)
-    assert_close(boxes.logit(p), expected, atol=1e-11, rtol=0)      # 1 - 1e-5 is rounded to 1e-16
-
-
 def test_refine_worked_by_hand():
     """[Deformable DETR App. A.4]"""
     # logit(.5) = 0 and sigmoid(log 3) = .75; logit(.25) = -log 3 and sigmoid(0) = .5
@@ -138,3 +130,42 @@ def test_refine_can_leave_the_border(edge):
     moved = boxes.refine(ref, torch.full((1, 4), math.log(1e5 - 1) * (1 if edge == 0 else -1)))
     # logit(1e-5) = -log(1e5 - 1); float32 keeps 1 - 1e-5 to 6e-8, its logit therefore to 6e-3
     assert_close(moved[:, ::2], torch.full((1, 2), 0.5), atol=2e-3, rtol=0)
+
+
+# Sine embeddings [Attention Is All You Need 3.5]
+
+
+def sine_by_definition(x, d):
+    """PE(x)[2i] = sin(2 pi x / T^(2i/d)), PE(x)[2i+1] = cos of the same, for one number."""
+    out = torch.zeros(d, dtype=torch.float64)
+    for channel in range(d):
+        angle = 2 * math.pi * x / 10000 ** (2 * (channel // 2) / d)
+        out[channel] = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
+    return out
+
+
+def test_sine_worked_by_hand():
+    # d = 4: wavelengths 1 and 10000^(2/4) = 100. x = 1/4: angles pi/2 and pi/200
+    slow = math.pi / 200
+    expected = f64(1, 0, math.sin(slow), math.cos(slow))
+    assert_close(boxes.sine(f64(0.25)[0], 4), expected, **EXACT)
+
+
+def test_sine_by_definition():
+    x = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([sine_by_definition(number, 12) for number in x.flatten().tolist()])
+    assert_close(boxes.sine(x, 12), expected.reshape(3, 5, 12), **EXACT)
+
+
+def test_a_shift_is_the_same_everywhere():
+    """Why sines: the inner product of two positions depends on their distance alone."""
+    x = f64(0.1, 0.5, 0.9)
+    products = (boxes.sine(x, 16) * boxes.sine(x + 0.07, 16)).sum(-1)
+    assert_close(products, products[:1].expand(3), **EXACT)
+    assert products[0] < 8 - 1e-3               # at distance 0 it is d/2 = 8
+
+
+def test_points_have_the_y_half_first():
+    point = f64([0.2, 0.7])                                     # x = .2, y = .7
+    expected = torch.cat([sine_by_definition(0.7, 8), sine_by_definition(0.2, 8)])
+    assert_close(boxes.embed_points(point, 16)[0], expected, **EXACT)

@@ -6,50 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, boxes, decoder_base, encoder, proposals
-from detr_min.release import deformable
+import helpers
+from detr_min import boxes, decoder_base, encoder, proposals
+from helpers import EXACT, nudge_query_0, padded_memory, random, randomise, reordered
 
-EXACT = dict(atol=1e-12, rtol=0)
-SHAPES = [(4, 6), (2, 3)]
 B, N, D, C = 2, 5, 8, 3
 
 
-def randomise(module, seed=0):
-    """Random in every parameter: zeros and ones hide mistakes."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def share(is_pad):
-    """Of a row or a column of cells, the share that is image."""
-    return (~is_pad).double().mean(-1)
-
-
-def a_memory(shapes=SHAPES):
-    """Two images; the second is padded at the right and at the bottom."""
-    pads = [torch.zeros(B, h, w, dtype=torch.bool) for h, w in shapes]
-    for pad, (h, w) in zip(pads, shapes):
-        pad[1, h // 2:], pad[1, :, w * 2 // 3:] = True, True
-    ratios = [torch.stack([share(p[:, 0]), share(p[:, :, 0])], -1) for p in pads]       # (x, y)
-    tokens = random(B, sum(h * w for h, w in shapes), D)
-    is_pad = torch.cat([p.flatten(1) for p in pads], dim=1)
-    return attention.Memory(tokens, is_pad, list(shapes), torch.stack(ratios, dim=1))
+def a_memory():
+    return padded_memory(D)
 
 
 def some_queries(size=4):
-    """One set of random queries with boxes, or points, as references."""
-    return proposals.Queries(random(1, B, N, D, seed=1), random(1, B, N, D, seed=2),
-                             random(B, N, size, seed=3).sigmoid(), None)
+    return helpers.some_queries(D, N, size=size)
 
 
-def a_decoder(cls=decoder_base.Decoder, num_layers=3):
-    return randomise(cls(num_layers, D, 2, 2, 3, 16, C))
+def a_decoder():
+    return randomise(decoder_base.Decoder(3, D, 2, 2, 3, 16, C))
 
 
 def a_layer():
@@ -105,22 +78,17 @@ def test_self_attention_mixes_queries_and_cross_attention_does_not():
     assert change[0] > 1e-2 and (change[1:] == 0).all()
 
 
-@pytest.mark.parametrize("cls", [decoder_base.Decoder, deformable.FixedReferenceDecoder])
-def test_every_answer_depends_on_every_query(cls):
+def test_every_answer_depends_on_every_query():
     """Duplicates can only be told apart by looking at one another."""
-    queries, decoder, memory = some_queries(2), a_decoder(cls), a_memory()
-    nudged = queries._replace(content=queries.content.clone())
-    nudged.content[:, :, 0] *= -1
-    before, after = decoder.o_decoder(queries, memory), decoder.o_decoder(nudged, memory)
-    assert all((move(x.logits, y.logits) > 1e-4).all() for x, y in zip(before, after))
+    for change in nudge_query_0(a_decoder().o_decoder, some_queries(2), a_memory()):
+        assert (change > 1e-5).all()
 
 
 def test_the_order_of_queries_does_not_matter():
     queries, decoder, memory = some_queries(), a_decoder(), a_memory()
     order = torch.tensor([3, 0, 4, 2, 1])
-    shuffled = proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
-                                 queries.ref_boxes[:, order], None)
-    for x, y in zip(decoder.o_decoder(queries, memory), decoder.o_decoder(shuffled, memory)):
+    shuffled = decoder.o_decoder(reordered(queries, order), memory)
+    for x, y in zip(decoder.o_decoder(queries, memory), shuffled, strict=True):
         assert_close(y.logits, x.logits[:, order], **EXACT)
         assert_close(y.boxes, x.boxes[:, order], **EXACT)
 
@@ -141,12 +109,6 @@ def test_boxes_worked_by_hand():
     answer = decoder.o_decoder(queries, a_memory())
     for prediction, box in zip(answer, [0.75, 0.2, 0.5], strict=True):
         assert_close(prediction.boxes, torch.full((B, N, 4), box, dtype=torch.float64), **EXACT)
-    # not refined, each starts from the same .5: + log 3 -> 3/4, - log 12 -> 1/13, + log 4 -> 4/5
-    fixed = a_decoder(deformable.FixedReferenceDecoder)
-    fixed = steps(fixed, [math.log(3), -math.log(12), math.log(4)])
-    answer = fixed.o_decoder(queries, a_memory())
-    for prediction, box in zip(answer, [3 / 4, 1 / 13, 4 / 5], strict=True):
-        assert_close(prediction.boxes, torch.full((B, N, 4), box, dtype=torch.float64), **EXACT)
 
 
 def test_o_decoder_by_definition():
@@ -165,20 +127,16 @@ def test_o_decoder_by_definition():
         assert_close(prediction.boxes, refs, **EXACT)
 
 
-@pytest.mark.parametrize("cls", [decoder_base.Decoder, deformable.FixedReferenceDecoder])
-def test_where_each_layer_looks(cls):
-    """Refined: around the box of the layer before, detached. Fixed: around the first points."""
-    decoder, queries, seen = a_decoder(cls), some_queries(2), []
+def test_where_each_layer_looks():
+    """[Deformable DETR App. A.4] Around the box of the layer before, detached."""
+    decoder, queries, seen = a_decoder(), some_queries(2), []
     for layer in decoder.layers:
         layer.cross_attn.register_forward_pre_hook(lambda layer, args: seen.append(args[1]))
     found = decoder.o_decoder(queries, a_memory())
-    assert seen[0] is queries.ref_boxes
-    for before, looked_at in zip(found, seen[1:], strict=False):
-        if cls is decoder_base.Decoder:
-            assert_close(looked_at, before.boxes, **EXACT)
-            assert not looked_at.requires_grad and before.boxes.requires_grad
-        else:
-            assert looked_at is queries.ref_boxes
+    assert seen[0] is queries.ref_boxes and len(seen) == 3
+    for before, looked_at in zip(found, seen[1:]):
+        assert_close(looked_at, before.boxes, **EXACT)
+        assert not looked_at.requires_grad and before.boxes.requires_grad
 
 
 @pytest.mark.parametrize("layer, reached", [(0, [0]), (1, [0, 1]), (2, [1, 2])])

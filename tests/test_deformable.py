@@ -1,28 +1,28 @@
-"""Where queries come from: learned, or from the encoder's best boxes."""
-import helpers
-import pytest
+"""Deformable DETR as published: learned queries, two-stage without mixing, no refinement."""
+import math
+
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import boxes, proposals
+from detr_min import decoder_base, proposals
 from detr_min.release import deformable
+from helpers import EXACT, f64, nudge_query_0, padded_memory, randomise, some_queries
+from test_decoder_base import steps
 
-EXACT = dict(atol=1e-12, rtol=0)
-D, C = 8, 3
-
-
-def a_memory(**shape):
-    return helpers.padded_memory(D, **shape)
+D, C, N = 8, 3, 5
 
 
-# Learned queries
+def a_decoder():
+    return randomise(deformable.FixedReferenceDecoder(3, D, 2, 2, 3, 16, C))
+
+
+# Queries; UnmixedTwoStageQueries is also tested beside proposals.TwoStageQueries
 
 
 def test_learned_queries():
     """[Deformable DETR Sec. 4.1] the same for every image; the point is read off the position."""
-    ask = helpers.randomise(deformable.LearnedQueries(5, D, 4, num_sets=2))
-    queries = ask(a_memory())
+    ask = randomise(deformable.LearnedQueries(5, D, 4, num_sets=2))
+    queries = ask(padded_memory(D))
     pos, content = ask.pos_and_content[:, :D], ask.pos_and_content[:, D:]
     linear = ask.reference_points
     for image in range(2):
@@ -36,59 +36,49 @@ def test_learned_queries():
     assert linear.weight.grad.abs().max() > 1e-3 and ask.pos_and_content.grad.abs().max() > 1e-3
 
 
-# Two-stage queries
-
-BOTH = [proposals.TwoStageQueries, deformable.UnmixedTwoStageQueries]
-
-
-@pytest.mark.parametrize("cls", BOTH)
-@pytest.mark.parametrize("num_sets", [1, 2])
-def test_two_stage_by_definition(cls, num_sets):
-    """Content is learned [DINO Sec. 3.4], or comes from the box [Deformable DETR App. A.4]."""
-    ask, memory = helpers.randomise(cls(5, D, C, num_sets)), a_memory()
-    queries = ask(memory)
-    proposals = ask.mini_detector(memory)
-    for b in range(2):
-        order = sorted(range(30), key=lambda s: -proposals.logits[b, s, 0].item())[:5]
-        for n, s in enumerate(order):
-            box = proposals.boxes[b, s]
-            assert_close(queries.ref_boxes[b, n], box, **EXACT)
-            sines = torch.cat([boxes.sine(side, D // 2) for side in box])            # (2D,)
-            sines = ask.pos_project.weight @ sines + ask.pos_project.bias
-            both = F.layer_norm(sines, (2 * D,), ask.pos_norm.weight, ask.pos_norm.bias)
-            for t in range(num_sets):           # both tasks start from the same box
-                content = ask.content[t][n] if cls is proposals.TwoStageQueries else both[D:]
-                assert_close(queries.pos[t, b, n], both[:D], **EXACT)
-                assert_close(queries.content[t, b, n], content, **EXACT)
-    assert queries.content.shape == queries.pos.shape == (num_sets, 2, 5, D)
-    assert_close(queries.proposals.logits, proposals.logits, **EXACT)
-
-
-@pytest.mark.parametrize("cls", BOTH)
-def test_decoder_losses_do_not_reach_the_mini_detector(cls):
-    """It has a loss of its own: references are detached, proposals are not."""
-    ask, memory = helpers.randomise(cls(5, D, C, 1)), a_memory()
-    queries = ask(memory)
-    weights = torch.randn(queries.pos.shape).double()
-    ((queries.pos + queries.content) * weights).sum().backward()
-    assert not queries.ref_boxes.requires_grad
-    assert all(p.grad is None for p in ask.mini_detector.parameters())
-    assert ask.pos_project.weight.grad.abs().max() > 1e-3
-    (queries.proposals.logits.sum() + queries.proposals.boxes.sum()).backward()
-    for name, p in ask.mini_detector.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 1e-6, name
-
-
-@pytest.mark.parametrize("cls", BOTH)
-def test_fewer_cells_than_queries(cls):
-    """A small image has 6 + 2 cells, 20 queries are asked for: 8 come, and they are all cells."""
-    memory = a_memory(shapes=[(2, 3), (1, 2)])
-    queries = helpers.randomise(cls(20, D, C, 2))(memory)
-    assert queries.content.shape == queries.pos.shape == (2, 2, 8, D)
-    assert queries.ref_boxes.shape == (2, 8, 4)
-    assert all(x.isfinite().all() for x in queries[:3])
-
-
 def test_unmixed_queries_learn_no_content():
     assert "content.0" in dict(proposals.TwoStageQueries(5, D, C, 1).named_parameters())
     assert "content" not in deformable.UnmixedTwoStageQueries(5, D, C, 1).state_dict()
+
+
+# The decoder without refinement
+
+
+def test_boxes_worked_by_hand():
+    """Each layer starts from the same .5: + log 3 -> 3/4, - log 12 -> 1/13, + log 4 -> 4/5."""
+    decoder = steps(a_decoder(), [math.log(3), -math.log(12), math.log(4)])
+    queries = some_queries(D, N)._replace(ref_boxes=torch.full((2, N, 4), .5).double())
+    answer = decoder.o_decoder(queries, padded_memory(D))
+    for prediction, box in zip(answer, [3 / 4, 1 / 13, 4 / 5], strict=True):
+        assert_close(prediction.boxes, f64(box).expand(2, N, 4), **EXACT)
+
+
+def test_it_takes_the_weights_of_the_refined_one_and_layer_1_is_the_same():
+    """By definition: every layer adds to the first reference, and reads the image around it."""
+    queries, memory = some_queries(D, N), padded_memory(D)
+    base, fixed = randomise(decoder_base.Decoder(3, D, 2, 2, 3, 16, C)), a_decoder()
+    fixed.load_state_dict(base.state_dict())
+    refined, answer = base.o_decoder(queries, memory), fixed.o_decoder(queries, memory)
+    assert_close(refined[0], answer[0], atol=0, rtol=0)
+    assert (refined[1].boxes - answer[1].boxes).abs().max() > 1e-3
+    x = queries.content[0]
+    for layer, class_head, box_head, found in zip(
+            fixed.layers, fixed.class_heads, fixed.box_heads, answer, strict=True):
+        x = layer.disperse(x, queries.pos[0])
+        x = layer.gather(x, queries.pos[0], queries.ref_boxes, memory)
+        expected = torch.sigmoid(torch.logit(queries.ref_boxes) + box_head(x))
+        assert_close(tuple(found), (class_head(x), expected), **EXACT)
+
+
+def test_from_points_the_size_is_the_box_heads_alone():
+    queries, fixed = some_queries(D, N, size=2), steps(a_decoder(), [-math.log(4)] * 3)
+    for prediction in fixed.o_decoder(queries, padded_memory(D)):
+        assert_close(prediction.boxes[..., 2:], f64(.2).expand(2, N, 2), **EXACT)
+        moved = torch.sigmoid(torch.logit(queries.ref_boxes) - math.log(4))
+        assert_close(prediction.boxes[..., :2], moved, **EXACT)
+
+
+def test_every_answer_depends_on_every_query():
+    decoder, queries = a_decoder(), some_queries(D, N, size=2)
+    for change in nudge_query_0(decoder.o_decoder, queries, padded_memory(D)):
+        assert (change > 1e-5).all()

@@ -4,22 +4,14 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from detr_min import attention, encoder
+from helpers import EXACT, random, randomise
+from test_boxes import sine_by_definition
 
-EXACT = dict(atol=1e-12, rtol=0)
 SHAPES = [(4, 6), (2, 3)]
 
 
-def randomise(module, seed=0):
-    """Random in every parameter: zeros and ones hide mistakes."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
 def random_features(B=2, D=8, shapes=SHAPES, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, D, h, w, generator=g, dtype=torch.float64) for h, w in shapes]
+    return [random(B, D, h, w, seed=seed + i) for i, (h, w) in enumerate(shapes)]
 
 
 def padding(h, w, sizes):
@@ -41,10 +33,28 @@ def test_cell_centres_worked_by_hand():
     assert_close(encoder.cell_centres([(2, 3), (1, 2)], ratios), torch.stack([whole, part]))
 
 
-def test_valid_ratio_worked_by_hand():
-    is_pad = padding(4, 5, [(4, 5), (3, 2), (1, 4)])
-    expected = torch.tensor([[1., 1.], [2 / 5, 3 / 4], [4 / 5, 1 / 4]])         # x first
-    assert_close(encoder.valid_ratio(is_pad), expected)
+def test_cells_are_measured_on_the_image():
+    """Of 3 x 5 cells 2 x 4 are image: cell (i, j) lies at x = (j + .5)/4, y = (i + .5)/2."""
+    is_pad = torch.ones(1, 3, 5, dtype=torch.bool)
+    is_pad[0, :2, :4] = False
+    found = encoder.cell_positions(is_pad, 16)
+    assert found.shape == (1, 3, 5, 16)
+    for i in range(2):
+        for j in range(4):
+            expected = torch.cat([sine_by_definition((i + .5) / 2, 8),
+                                  sine_by_definition((j + .5) / 4, 8)])
+            # float32, and the 1e-6 that keeps all-padding rows from dividing by zero: 2 pi * 5e-7
+            assert_close(found[0, i, j].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_padding_moves_no_cell_of_the_image():
+    is_pad = torch.ones(2, 6, 7, dtype=torch.bool)
+    is_pad[0, :4, :5] = False
+    is_pad[1] = False
+    alone = encoder.cell_positions(torch.zeros(1, 4, 5, dtype=torch.bool), 32)
+    padded = encoder.cell_positions(is_pad, 32)
+    assert_close(padded[:1, :4, :5], alone, atol=0, rtol=0)
+    assert padded.isfinite().all()
 
 
 def test_feed_forward_by_definition():
@@ -59,13 +69,13 @@ def test_layer_by_definition():
     layer = randomise(encoder.EncoderLayer(8, 2, 2, 3, 32))
     lay_out = encoder.Encoder(0, 8, 2, 2, 3, 32)
     memory = lay_out(random_features(), padding(32, 48, [(32, 48), (20, 40)]))
-    pos = torch.randn(2, 30, 8).double()
+    memory = memory._replace(pos=random(2, 30, 8, seed=9))
     centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios.double())
     x = memory.tokens
-    read = layer.attn(x + pos, centres, memory)             # values are x, without the position
+    read = layer.attn(x + memory.pos, centres, memory)      # values are x, without the position
     x = F.layer_norm(x + read, (8,), layer.norm_attn.weight, layer.norm_attn.bias)
     x = F.layer_norm(x + layer.ffn(x), (8,), layer.norm_ffn.weight, layer.norm_ffn.bias)
-    found = layer(memory, pos, centres)
+    found = layer(memory, centres)
     assert_close(found.tokens, x, **EXACT)
     assert found[1:] == memory[1:]                      # the rest is passed on, the same objects
 
@@ -101,8 +111,8 @@ def test_what_the_layers_are_given():
     expected = torch.cat([encoder.cell_positions(pad, 8).flatten(1, 2) + net.level_embed[level]
                           for level, pad in enumerate(pads)], dim=1)
     centres = encoder.cell_centres(SHAPES, memory.valid_ratios)
-    for _, memory_pos, references in seen:
-        assert_close(memory_pos, expected, **EXACT)
+    for given, references in seen:
+        assert_close(given.pos, expected, **EXACT)
         assert_close(references, centres, atol=0, rtol=0)
     assert len(seen) == 2 and seen[1][0].tokens is not seen[0][0].tokens
 

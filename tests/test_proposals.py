@@ -1,20 +1,21 @@
-"""The encoder's own detections: heads, anchors and the mini-detector [Deformable DETR App. A.4]."""
+"""The encoder's own detections [Deformable DETR App. A.4], and the queries that start from them."""
 import math
 
-import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from detr_min import boxes, proposals
+from detr_min.release import deformable
+from helpers import EXACT, f64, padded_memory, randomise
 
-EXACT = dict(atol=1e-12, rtol=0)
 D, C = 8, 3
+BOTH = [proposals.TwoStageQueries, deformable.UnmixedTwoStageQueries]
 
 
 def a_memory(**shape):
-    return helpers.padded_memory(D, **shape)
+    return padded_memory(D, **shape)
 
 
 # Heads
@@ -23,7 +24,7 @@ def a_memory(**shape):
 def test_box_head_moves_nothing_at_first():
     head = proposals.box_head(D)
     assert_close(head(torch.randn(5, D)), torch.zeros(5, 4))
-    head = helpers.randomise(head)
+    head = randomise(head)
     x = hidden = torch.randn(5, D).double()
     for layer in (0, 2):
         hidden = (hidden @ head[layer].weight.T + head[layer].bias).clamp(min=0)
@@ -52,8 +53,8 @@ def test_anchors_worked_by_hand():
     assert anchor.shape == (2, 30, 4) and is_good.shape == (2, 30)
     level_0 = [[2.5 / 6, 1.5 / 4, .05, .05], [2.5 / 4, 1.5 / 2, .05, .05]]
     level_1 = [[1.5 / 3, 0.5 / 2, .10, .10], [1.5 / 2, 0.5 / 1, .10, .10]]
-    assert_close(anchor[:, 8], torch.tensor(level_0, dtype=torch.float64), **EXACT)
-    assert_close(anchor[:, 25], torch.tensor(level_1, dtype=torch.float64), **EXACT)
+    assert_close(anchor[:, 8], f64(*level_0), **EXACT)
+    assert_close(anchor[:, 25], f64(*level_1), **EXACT)
     assert is_good[0].all()
     expected = [[1, 1, 1, 1, 0, 0]] * 2 + [[0] * 6] * 2
     assert is_good[1, :24].reshape(4, 6).int().tolist() == expected
@@ -63,7 +64,7 @@ def test_anchors_worked_by_hand():
 def test_anchors_double_from_level_to_level():
     shapes = [(2, 2)] * 6
     anchor, is_good = proposals.anchors(a_memory(shapes=shapes, B=1))
-    sizes = torch.tensor([.05, .1, .2, .4, .8, 1.6], dtype=torch.float64)
+    sizes = f64(.05, .1, .2, .4, .8, 1.6)
     assert_close(anchor[0, ::4, 2:], sizes[:, None].expand(6, 2), **EXACT)
     assert is_good[0].tolist() == [True] * 20 + [False] * 4         # 1.6 leaves (.01, .99)
 
@@ -81,7 +82,7 @@ def test_anchors_at_the_border_are_no_good():
 
 def test_mini_detector_by_definition():
     """One linear layer and a norm, two heads; box = sigmoid(logit(anchor) + delta)."""
-    net, memory = helpers.randomise(proposals.MiniDetector(D, C)), a_memory()
+    net, memory = randomise(proposals.MiniDetector(D, C)), a_memory()
     net.box_head[-1].bias.data.fill_(-6)                    # a box head that pulls hard
     found = net(memory)
     anchor, is_good = proposals.anchors(memory)
@@ -123,3 +124,54 @@ def test_best_of_fewer_cells_than_queries():
     found = proposals_with(torch.tensor([[0.1, 3.0, -1.0]]))
     best = proposals.MiniDetector(D, C).best(found, 300)
     assert_close(best[0, :, 0], torch.tensor([.01, .00, .02]))
+
+
+# Two-stage queries; Deformable DETR's own, without mixing, beside DINO's
+
+
+@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_two_stage_by_definition(cls, num_sets):
+    """Content is learned [DINO Sec. 3.4], or comes from the box [Deformable DETR App. A.4]."""
+    ask, memory = randomise(cls(5, D, C, num_sets)), a_memory()
+    queries = ask(memory)
+    found = ask.mini_detector(memory)
+    for b in range(2):
+        order = sorted(range(30), key=lambda s: -found.logits[b, s, 0].item())[:5]
+        for n, s in enumerate(order):
+            box = found.boxes[b, s]
+            assert_close(queries.ref_boxes[b, n], box, **EXACT)
+            sines = torch.cat([boxes.sine(side, D // 2) for side in box])            # (2D,)
+            sines = ask.pos_project.weight @ sines + ask.pos_project.bias
+            both = F.layer_norm(sines, (2 * D,), ask.pos_norm.weight, ask.pos_norm.bias)
+            for t in range(num_sets):           # both tasks start from the same box
+                content = ask.content[t][n] if cls is proposals.TwoStageQueries else both[D:]
+                assert_close(queries.pos[t, b, n], both[:D], **EXACT)
+                assert_close(queries.content[t, b, n], content, **EXACT)
+    assert queries.content.shape == queries.pos.shape == (num_sets, 2, 5, D)
+    assert_close(queries.proposals.logits, found.logits, **EXACT)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_decoder_losses_do_not_reach_the_mini_detector(cls):
+    """It has a loss of its own: references are detached, proposals are not."""
+    ask, memory = randomise(cls(5, D, C, 1)), a_memory()
+    queries = ask(memory)
+    weights = torch.randn(queries.pos.shape).double()
+    ((queries.pos + queries.content) * weights).sum().backward()
+    assert not queries.ref_boxes.requires_grad
+    assert all(p.grad is None for p in ask.mini_detector.parameters())
+    assert ask.pos_project.weight.grad.abs().max() > 1e-3
+    (queries.proposals.logits.sum() + queries.proposals.boxes.sum()).backward()
+    for name, p in ask.mini_detector.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_fewer_cells_than_queries(cls):
+    """A small image has 6 + 2 cells, 20 queries are asked for: 8 come, and they are all cells."""
+    memory = a_memory(shapes=[(2, 3), (1, 2)])
+    queries = randomise(cls(20, D, C, 2))(memory)
+    assert queries.content.shape == queries.pos.shape == (2, 2, 8, D)
+    assert queries.ref_boxes.shape == (2, 8, 4)
+    assert all(x.isfinite().all() for x in queries[:3])

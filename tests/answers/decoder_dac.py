@@ -14,8 +14,8 @@ class DACDecoder:
             x = layer.norm_cross(x + read)
             x = layer.norm_ffn(x + layer.ffn(x))
             delta = self.box_heads[depth](x)
-            answer = torch.sigmoid(boxes.logit(twice) + delta)
+            answer = torch.sigmoid(torch.logit(twice, eps=1e-5) + delta)
             predictions.append(boxes.Predictions(self.class_heads[depth](x), answer))
-            twice = torch.sigmoid(boxes.logit(looked_at) + delta)
+            twice = torch.sigmoid(torch.logit(looked_at, eps=1e-5) + delta)
             looked_at = twice.clone().detach()
         return predictions
