@@ -5,12 +5,13 @@
 """
 import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
-from detr_min import tal_loss  # noqa: F401
-from detr_min import align_loss  # noqa: F401
+from detr_min import boxes, criterion, tal_loss  # noqa: F401
+from detr_min.release import dac_release  # noqa: F401
+from detr_min.release import align_loss  # noqa: F401
 
 
 def rank_within_object(quality, gt_idx):
-    """How many pairs of the same object are better: 0 for its best. Ties: the earlier pair is.
+    """Count the better pairs of the same object: 0 for its best. Of equals the earlier is better.
 
     rank[i] = #{j : gt[j] = gt[i], and u[j] > u[i] or (u[j] = u[i] and j < i)}
 
@@ -26,7 +27,7 @@ def rank_within_object(quality, gt_idx):
 
 
 def ranked_target(scores, ious, gt_idx, tau=1.5):
-    """What each pair's score should be, and how much the pair counts.
+    """Compute the score that each pair should have, and how much the pair counts.
 
     [Align-DETR Eq. 4-7]  u = s^.25 IoU^.75    w = exp(-rank / tau)    y = u w
 

@@ -9,11 +9,10 @@ from typing import NamedTuple  # noqa: F401
 import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
 from torch import nn  # noqa: F401
-from detr_min.attention import check_shapes  # noqa: F401
 
 
 def neighbours(position, size):
-    """The two cells beside a position on an axis, and the share of each: 0 beyond the map.
+    """Find the two cells beside a position on an axis, and the share of each: 0 beyond the map.
 
     Args:
         position  in cells, 0 = the centre of the first

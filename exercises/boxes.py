@@ -3,11 +3,12 @@
     pytest --mine boxes.giou
     pytest --mine boxes.refine
 """
+import math  # noqa: F401
 from typing import NamedTuple  # noqa: F401
 import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
 import torchvision.ops as ops  # noqa: F401
-from detr_min.boxes import logit, to_xyxy  # noqa: F401
+from detr_min.boxes import to_xyxy  # noqa: F401
 
 
 def giou(boxes, others):
@@ -23,13 +24,15 @@ def giou(boxes, others):
 
 
 def refine(ref_boxes, delta):
-    """Move a reference by a correction that lives before the sigmoid.
+    """Move a reference by a correction that is added before the sigmoid.
 
     [Deformable DETR App. A.4]  box = sigmoid(logit(ref) + delta)
 
+    The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
+
     Args:
         ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: the size is sigmoid(delta) then
-        delta      (..., 4)  what a box head says, any real number
+        delta      (..., 4)  the output of a box head, any real number
     Returns:
         (..., 4)  cxcywh in [0, 1]; delta = 0 gives the reference back
     """

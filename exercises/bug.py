@@ -12,7 +12,7 @@ import textwrap
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)             # not exercises/, whose files have the names of the package's
 from exercises import stubs  # noqa: E402
-from exercises.grading import bank  # noqa: E402
+from exercises.grading import bank, catalogue  # noqa: E402
 
 
 def text_of(name):
@@ -20,11 +20,11 @@ def text_of(name):
     mutant = bank.BUGS[name]
     module, *path = mutant.function.split(".")
     rows = [f'"""Bug {name[4:]} of exercise 11: one line of this function is not as it was in',
-            f"detr_min/{module}.py. Find it without looking there, mend it, and grade it with", "",
+            f"{catalogue.path(module)}. Find it without looking there, mend it, and grade it with", "",
             f"    pytest --mine {name}", '"""', *stubs.imports(module, [path]), "", ""]
     source = mutant.source()
     if path[:-1]:
-        rows += [f"class {path[0]}:", f"    # its other parts: detr_min/{module}.py", ""]
+        rows += [f"class {path[0]}:", f"    # its other parts: {catalogue.path(module)}", ""]
         source = textwrap.indent(source, "    ")
     return "\n".join(rows) + "\n" + source
 

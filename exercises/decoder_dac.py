@@ -2,7 +2,6 @@
 
     pytest --mine decoder_dac.DACDecoder.c_decoder
 """
-import torch  # noqa: F401
 from torch import nn  # noqa: F401
 from detr_min import attention, boxes, encoder, proposals  # noqa: F401
 
@@ -11,10 +10,9 @@ class DACDecoder:
     # its other parts: detr_min/decoder_dac.py
 
     def c_decoder(self, queries, memory):
-        """[DAC Eq. 3]  The same, and no query ever sees another: one line is gone.
+        """Decode as `o_decoder` does, but no query ever sees another. In training only.
 
-        DEVIATION from the release, which starts it after the O-Decoder's first self-attention
-        (`decoder_release.py`); here, as the paper draws it, from the queries.
+        [DAC Eq. 3]  Q_C^(l+1) = FFN(Q_C^l + Att_cross(Que(Q_C^l), Key(Z), Val(Z)))
         """
         raise NotImplementedError(
             "exercise 6, decoder_dac.DACDecoder.c_decoder: "

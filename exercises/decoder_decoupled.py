@@ -9,7 +9,7 @@ from detr_min import attention, boxes, decoder_base, encoder, proposals  # noqa:
 
 
 class DecoderLayer:
-    # its other parts: detr_min/decoder_decoupled.py
+    # its other parts: detr_min/decoder_decoupled_deformable.py
 
     def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)

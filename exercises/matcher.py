@@ -11,7 +11,7 @@ from detr_min import boxes  # noqa: F401
 
 
 def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
-    """How badly prediction i explains object j. Lower is better.
+    """Compute how badly prediction i explains object j. Lower is better.
 
     [DETR Eq. 1], [Deformable DETR App. A.4]
         cost[i, j] = 2 (focal_1(p) - focal_0(p)) + 5 |b_i - g_j|_1 - 2 GIoU(b_i, g_j),  p = p_i[c_j]
@@ -32,7 +32,7 @@ def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
 
 
 def one_to_one(cost):
-    """The assignment of least total cost: each object gets one query, no query two objects.
+    """Assign one query to each object, at the least total cost; no query serves two objects.
 
     [DETR Eq. 1]  argmin over sigma of  sum_j cost[sigma(j), j]       (Hungarian method, scipy)
 
@@ -41,7 +41,7 @@ def one_to_one(cost):
     Returns:
         query_idx, gt_idx, int64 (M,) each, sorted by query; empty for an image without objects
     Raises:
-        ValueError: fewer queries than objects, or a cost that is not a number
+        ValueError: fewer queries than objects, or a cost that is not finite
     """
     raise NotImplementedError(
         "exercise 3, matcher.one_to_one: "
@@ -49,7 +49,7 @@ def one_to_one(cost):
 
 
 def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_weight=0.7):
-    """How well prediction i explains object j. Higher is better.
+    """Compute how well prediction i explains object j. Higher is better.
 
     [DAC Eq. 4]  M[i, j] = class_weight * p_i[c_j] + iou_weight * IoU(b_i, g_j)
 
@@ -71,11 +71,11 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
 
 
 def one_to_many(quality, threshold=0.4, k=6):
-    """Give each object up to k queries that explain it well enough, each query one object at most.
+    """Assign up to k queries to each object; a query serves one object at most.
 
     [DAC Eq. 4]  i is positive for j  <=>  M[i, j] >= threshold, i is among the k best of column j,
-    and (ours) j is the best of row i. Ties go to the lower index. Nothing is forced: an object that
-    no query reaches has none.
+    and (ours) j is the best of row i. Ties go to the lower index. An object whose qualities all
+    stay below the threshold gets no query.
 
     Args:
         quality  M  (N, M)  higher is better
@@ -84,8 +84,8 @@ def one_to_many(quality, threshold=0.4, k=6):
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
     Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
-        it has one box to learn. DEVIATION from the release, where moreover the best query of an
-        object is forced, and a random 75 positives survive in crowded images; >= is its choice.
+        it has one box to learn. DEVIATION from the release, whose rule is
+        `release.dac_release.one_to_many`; the comparison >= is the release's.
     """
     raise NotImplementedError(
         "exercise 5, matcher.one_to_many: "

@@ -29,7 +29,7 @@ def test_one_to_many():
 
 
 def source_of(module):
-    return (ROOT / "detr_min" / f"{module}.py").read_text()
+    return (ROOT / catalogue.path(module)).read_text()
 
 
 def node_of(tree, path):
@@ -49,9 +49,12 @@ def functions_of(module):
 def imports(module, paths):
     """What a file needs that holds some of a module's functions: rows of import statements."""
     rows, tree, own = [], ast.parse(source_of(module)), set()
+    dotted = catalogue.module(module)
+    package, _, name = dotted.rpartition(".")
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            node = ast.ImportFrom("detr_min", node.names, 0)
+        if isinstance(node, ast.ImportFrom) and node.level:     # "from .. import" -> "from detr_min"
+            outer = ".".join([*dotted.split(".")[:-node.level], *filter(None, [node.module])])
+            node = ast.ImportFrom(outer, node.names, 0)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             rows.append(f"{ast.unparse(node)}  # noqa: F401")
         own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
@@ -61,9 +64,9 @@ def imports(module, paths):
             if isinstance(n, ast.Name)} & own
     here = {path[0] for path in paths}
     if used - here:
-        rows.append(f"from detr_min.{module} import {', '.join(sorted(used - here))}  # noqa: F401")
+        rows.append(f"from {dotted} import {', '.join(sorted(used - here))}  # noqa: F401")
     if used & here:         # the package's, so that one exercise does not wait for another
-        rows.append(f"from detr_min import {module}  # noqa: F401")
+        rows.append(f"from {package} import {name}  # noqa: F401")
     return rows
 
 
@@ -89,16 +92,28 @@ def stub(module, path):
 
 def is_stub(node):
     """Whether nobody wrote in a function yet: it only raises the error above."""
-    last = ast.unparse(node.body[-1])
+    last = ast.unparse(node.body[-1]).replace('"', "'")         # it quotes as it likes
     return len(node.body) == 2 and last.startswith("raise NotImplementedError('exercise ")
+
+
+def is_untouched(text):
+    """Whether a file holds imports and stubs and nothing else."""
+    nodes = ast.parse(text).body[1:]            # all but the docstring
+    inner = [part for node in nodes for part in getattr(node, "body", [])
+             if isinstance(node, ast.ClassDef)]
+    rest = [node for node in nodes if not isinstance(node, (ast.ClassDef, ast.Import,
+                                                            ast.ImportFrom))]
+    return all(isinstance(node, ast.FunctionDef) and is_stub(node) for node in [*inner, *rest])
 
 
 def complete(module, text):
     """A student's file with what is missing at the end of the file or of its class.
 
-    A stub in which nothing was written follows its source.
+    A stub in which nothing was written follows its source, and so do the imports of a file that
+    holds only such stubs.
     """
-    text = text or header(module)
+    if not text or is_untouched(text):
+        text = header(module)
     for path in functions_of(module):
         tree = ast.parse(text)
         node, rows = node_of(tree, path), text.splitlines()
@@ -112,7 +127,7 @@ def complete(module, text):
         else:
             rows += ["", ""]
             for name in path[:-1]:
-                rows += [f"class {name}:", f"    # its other parts: detr_min/{module}.py", ""]
+                rows += [f"class {name}:", f"    # its other parts: {catalogue.path(module)}", ""]
             rows += stub(module, path).splitlines()
         text = "\n".join(rows) + "\n"
     return text

@@ -7,13 +7,13 @@ import torch.nn.functional as F  # noqa: F401
 
 
 def aligned_target(scores, ious, alpha=0.25, beta=0.75):
-    """What the score of a matched query should be, given how well its box fits.
+    """Compute the score that a matched query should have, given how well its box fits.
 
     [SD Eq. 6]  t = s^alpha * u^beta
 
     With alpha + beta = 1, as here, t = s exactly where s = u: the score is drawn to the IoU, and
-    s^alpha only makes the climb gradual. The form is printed; the values of alpha, beta, and of
-    gamma below, are from a reading note of the paper.
+    s^alpha only makes the climb gradual. The paper prints the formula. The values of alpha, of beta
+    and of gamma below come from a reading note of the paper.
 
     Args:
         scores  s  (P,)  probability of the object's class, in [0, 1]
@@ -27,7 +27,7 @@ def aligned_target(scores, ious, alpha=0.25, beta=0.75):
 
 
 def tal_loss(logits, targets, gamma=2.0):
-    """Cross-entropy to a soft target, weighted by how far the score is from it. Lower is better.
+    """Compute cross-entropy to a soft target, weighted by the distance from it. Lower is better.
 
     [SD Eq. 7]  L = sum_pos |t - s|^gamma BCE(s, t) + sum_neg s^gamma BCE(s, 0),    s = sigmoid(z)
 
@@ -38,8 +38,8 @@ def tal_loss(logits, targets, gamma=2.0):
         targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
     Returns:
         scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
-    Differs: no; what the equation leaves open is ours: the factor |t - s|^gamma is not detached
-        (as in focal loss), the caller clamps t at .01 and divides by the number of objects.
+    As printed. Left open by the equation: gradients pass through |t - s|^gamma, as in focal loss;
+    the caller keeps t at .01 or more and divides by the number of objects.
     """
     raise NotImplementedError(
         "exercise 9, tal_loss.tal_loss: "
