@@ -433,3 +433,13 @@ def test_one_point_on_every_cell_is_ordinary_attention():
     keys = torch.eye(12, dtype=torch.float64)               # so that query . key = score
     expected = F.scaled_dot_product_attention(scores, keys, cells, scale=1.0)
     assert_close(out[0], expected, **EXACT)
+
+
+def test_shapes_that_do_not_add_up_are_named():
+    """Level 0 has 24 cells, value 30: the error is a ValueError and says one of these numbers."""
+    value, locations, weights = random_inputs()
+    with pytest.raises(ValueError) as error:
+        attention.deformable_attention(value, SHAPES[:1], locations[:, :, :, :1],
+                                       weights[:, :, :, :1])
+    says = str(error.value)
+    assert any(number in says for number in ("24", "30", str(SHAPES[0]))), f"no number in: {says}"

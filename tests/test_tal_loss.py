@@ -173,3 +173,13 @@ def test_descent_ends_where_the_score_equals_the_iou():
         F.binary_cross_entropy_with_logits(z, torch.ones_like(z), reduction="sum").backward()
         optimizer.step()
     assert z.sigmoid().min() > .99
+
+
+def test_a_confident_mistake_keeps_its_loss_and_its_gradient():
+    """[SD Eq. 7]  In float32 s is exactly 1 and 0 here, and BCE is |z|, of slope 1."""
+    z = torch.tensor([[200., -200.]]).requires_grad_()
+    loss = tal_loss.tal_loss(z, torch.tensor([[0., 1.]]))
+    loss.backward()
+    # negative  1^2 * 200    positive  |1 - 0|^2 * 200
+    assert_close(loss.detach(), torch.tensor(400.))
+    assert_close(z.grad, torch.tensor([[1., -1.]]))
