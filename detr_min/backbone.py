@@ -39,12 +39,23 @@ class ConvNet(nn.Module):
         return levels
 
 
+class ConvNetStride8(ConvNet):
+    """The first four and two more of ConvNet's convolutions, for one map of stride 8."""
+
+    def __init__(self, width=32):
+        super().__init__(width)
+        self.stages, self.channels = self.stages[:1], self.channels[:1]
+
+
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 without its classifier; BatchNorm, stem and stage 1 stay frozen."""
 
+    dilation = False, False, False              # in place of the stride, in stages 2 to 4
+
     def __init__(self):
         super().__init__()
-        net = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        net = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d,
+                                          replace_stride_with_dilation=self.dilation)
         self.body = nn.ModuleDict({name: part for name, part in net.named_children()
                                    if name not in ("avgpool", "fc")})
         self.channels = [512, 1024, 2048]
@@ -77,6 +88,12 @@ class ResNet50(nn.Module):
         c3 = body.layer2(c2)
         c4 = body.layer3(c3)
         return [c3, c4, body.layer4(c4)]
+
+
+class ResNet50DC5(ResNet50):
+    """ResNet-50 whose last stage has dilation in place of the stride: C5 has stride 16."""
+
+    dilation = False, False, True
 
 
 class Projections(nn.Module):

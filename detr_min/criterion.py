@@ -138,6 +138,23 @@ def detection_loss(output, targets, num_objects, layer_loss=focal_loss):
     return parts
 
 
+def conditional_loss(output, targets, num_objects, layer_loss=focal_loss):
+    """Compute the training loss of Conditional DETR or SD-DETR. Arguments as detection_loss.
+
+    L = L_O(one-to-one) + 0.1 * L_cells(one-to-one, the objects' own classes)
+
+    Returns:
+        {"O", "encoder": Parts}, the second only with a mini-detector, which keeps focal loss
+    """
+    normaliser, one_to_one = max(num_objects, 1.0), (matcher.match_cost, matcher.one_to_one)
+    parts = {"O": decoder_loss(output.o_decoder, targets, *one_to_one, layer_loss, normaliser)}
+    if output.proposals is not None:
+        *terms, num_pairs = decoder_loss([output.proposals], targets, *one_to_one, focal_loss,
+                                         normaliser)
+        parts["encoder"] = Parts(*(CELL_WEIGHT * term for term in terms), num_pairs)
+    return parts
+
+
 def total(parts):
     """Add up the parts: the one number to minimise."""
     return sum(part.cls + part.l1 + part.giou for part in parts.values())

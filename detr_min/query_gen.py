@@ -1,6 +1,6 @@
 """Task-aware query generation: for each task, a query made of the points that matter to it.
 
-[SD Eq. 4-5], [SD Fig. 3]. Read `proposals.py` before and `decoder_decoupled.py` after.
+[SD Eq. 4-5], [SD Fig. 3]. Read `proposals_conditional.py` before and `decoder_decoupled.py` after.
 """
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision.ops as ops
 from torch import nn
 
-from . import boxes, proposals
+from . import boxes, proposals_conditional
 
 
 def level_of(ref_boxes, memory):
@@ -110,28 +110,27 @@ def points_to_query(features, points, ref_boxes):
 class TaskAwareQueries(nn.Module):
     """SD-DETR's queries: for each task, from the points of an anchor that matter to it.
 
-    [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient; features and points
-    keep theirs, so the decoder's losses teach the points where to go.
+    [SD Eq. 4-5]  F_R = RoIAlign(F, R_box),  R_SP = MLP(ConvNet(F_R)), one MLP(ConvNet) a task,
+    content = mean of F_R at the points,  p = e = mean of PE at the points,  r = anchor's centre
 
-    DEVIATION: the learned contents of TwoStageQueries are added to the points'. Content n
-    belongs to the n-th best anchor, so it tells queries their rank; without it two anchors on one
-    object look alike, and a short training on synthetic shapes ends at a lower AP (README).
+    Anchors are the mini-detector's best boxes, without gradient; features and points keep theirs,
+    so the decoder's losses teach the points where to go.
     """
 
     def __init__(self, num_queries, d_model, num_classes, num_sets):
         super().__init__()
         self.num_queries = num_queries
-        self.mini_detector = proposals.MiniDetector(d_model, num_classes)
-        self.predictors = nn.ModuleList([PointPredictor(d_model) for _ in range(num_sets)])
-        self.content = nn.ParameterList(torch.randn(num_queries, d_model) for _ in range(num_sets))
+        self.mini_detector = proposals_conditional.MiniDetector(d_model, num_classes)
+        self.predictors = nn.ModuleList([PointPredictor(d_model)
+                                         for _ in range(num_sets)])
 
     def forward(self, memory):
-        """A Memory -> Queries, of min(N, S) queries in T sets"""
+        """A Memory -> Queries, of at most N queries in T sets"""
         found = self.mini_detector(memory)
-        ref_boxes = self.mini_detector.best(found, self.num_queries)                     # (B, N, 4)
-        features = region_features(memory, ref_boxes)                               # (B*N, D, 7, 7)
-        sets = [points_to_query(features, predict(features), ref_boxes.flatten(0, 1))
+        cell = self.mini_detector.best(found, self.num_queries, memory.is_pad)             # (B, N)
+        anchors = proposals_conditional.pick(found.boxes, cell).detach()             # (B, N, 4)
+        features = region_features(memory, anchors)                              # (B*N, D, 7, 7)
+        sets = [points_to_query(features, predict(features), anchors.flatten(0, 1))
                 for predict in self.predictors]
-        content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))
-        ranks = torch.stack([c[:ref_boxes.shape[1]] for c in self.content])              # (T, N, D)
-        return proposals.Queries(content + ranks[:, None], pos, ref_boxes, found)
+        content, pos = (torch.stack(t).unflatten(1, cell.shape) for t in zip(*sets))
+        return proposals_conditional.Queries(content, pos, pos, anchors[..., :2], found)

@@ -44,6 +44,7 @@ class Recipe:
     num_levels: int = 4
     num_points: int = 4             # sampling points a head and level
     d_ffn: int = 2048
+    dropout: float = 0.0            # on the conditional base; the deformable one trains without
     encoder_layers: int = 6
     decoder_layers: int = 6
     num_queries: int = 900
@@ -68,7 +69,7 @@ class Config:
     queries: str = flag("two_stage", "where queries come from",
                         OneOf(registry.names(registry.QUERIES)))
     backbone: str = flag("convnet", "resnet50 starts from ImageNet's weights",
-                         OneOf(registry.BACKBONES))
+                         OneOf(registry.names(registry.BACKBONES)))
     coco: str = flag("", "folder in COCO layout; empty = synthetic shapes, no download")
     images: int = flag(0, "training images drawn from it, seeded; 0 = all", Between(0, 2 ** 31))
     classes: str = flag("", "person,dog: only these classes; empty = all")
@@ -105,6 +106,21 @@ PRESETS = {
     "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
                          detections=300, dn_number=100),
 }
+CONDITIONAL = dict(base="conditional", model="conditional", num_levels=1)
+SD_DETR = dict(model="decoupled", queries="task_aware", loss="tal")
+PRESETS["shapes_conditional"] = dict(
+    **CONDITIONAL, queries="anchor_cells", steps=2000, batch=8, size=96, max_size=96, lr=1e-3,
+    images=2000, d_model=64, num_heads=4, d_ffn=192, encoder_layers=1, decoder_layers=3,
+    num_queries=30, num_classes=4, warmup=50, decay="cosine", clip=1.0, slow_lr=1.0)
+PRESETS["shapes_sd"] = {**PRESETS["shapes_conditional"], **SD_DETR}
+PRESETS["paper_conditional_r50"] = dict(                        # Conditional DETR's code
+    **CONDITIONAL, queries="learned", backbone="resnet50", epochs=50, drop_at=40 / 50, batch=16,
+    size=800, max_size=1333, lr=1e-4, num_queries=300, dropout=0.1)
+PRESETS["paper_conditional_dc5"] = {**PRESETS["paper_conditional_r50"], "backbone": "resnet50_dc5"}
+PRESETS["paper_sd_r50"] = {**PRESETS["paper_conditional_r50"], **SD_DETR}   # its schedules are the
+PRESETS["paper_sd_dc5"] = {**PRESETS["paper_conditional_dc5"], **SD_DETR}   # paper's, the rest its
+for name in ("paper_conditional_r50", "paper_conditional_dc5", "paper_sd_r50", "paper_sd_dc5"):
+    PRESETS[f"{name}_12"] = {**PRESETS[name], "epochs": 12, "drop_at": 10 / 12}     # base's code
 LONG = dict(epochs=24, drop_at=20 / 24)
 PRESETS["paper_r50_24"] = {**PRESETS["paper_r50"], **LONG}
 PRESETS["paper_swin_l_24"] = {**PRESETS["paper_swin_l"], **LONG, "weight_decay": 0.05,
@@ -150,7 +166,8 @@ def checked(cfg):
         value, accepted = getattr(cfg, field.name), field.metadata["accepted"]
         if accepted is not None and value not in accepted:
             raise ValueError(f"--{field.name} {value}: it must be {accepted}")
-    for name, table in (("model", registry.DECODERS), ("queries", registry.QUERIES)):
+    for name, table in (("model", registry.DECODERS), ("queries", registry.QUERIES),
+                        ("backbone", registry.BACKBONES)):
         here = table[cfg.recipe.base]
         if getattr(cfg, name) not in here:
             raise ValueError(f"--{name} {getattr(cfg, name)} does not exist for preset {cfg.preset}"

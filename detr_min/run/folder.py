@@ -232,7 +232,7 @@ def first_weights(detector, cfg, categories):
         left = checkpoints.init_from(detector, categories, cfg.init_from)
         processes.say(f"weights from {cfg.init_from}; {len(left)} tensors start at random: "
                       f"{', '.join(left) or '-'}")
-    elif cfg.backbone == "resnet50":
+    elif cfg.backbone.startswith("resnet50"):
         detector.backbone.load_imagenet()
     elif cfg.backbone == "swin_l":
         processes.say("the Swin starts at random: --init_from takes ImageNet's weights, or a "

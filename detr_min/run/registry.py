@@ -7,8 +7,9 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from .. import (backbone, criterion, decoder_base, decoder_dac, decoder_decoupled_deformable,
-                encoder, model, proposals, query_gen)
+from .. import (backbone, criterion, decoder_base, decoder_conditional, decoder_dac,
+                decoder_decoupled, decoder_decoupled_deformable, encoder, encoder_conditional,
+                model, proposals, proposals_conditional, query_gen)
 from ..data import batches
 from ..release import align_loss, dac_release, deformable, denoising, swin
 
@@ -22,20 +23,38 @@ DECODERS = {                        # by what they stand on, then by name
         "dac_decoupled": decoder_decoupled_deformable.DACDecoupledDecoder,
         "split": decoder_decoupled_deformable.SplitDecoder,
     },
+    "conditional": {
+        "conditional": decoder_conditional.ConditionalDecoder,
+        "decoupled": decoder_decoupled.DecoupledDecoder,
+        "split": decoder_decoupled.SplitDecoder,
+    },
 }
 QUERIES = {
     "deformable": {
         "two_stage": proposals.TwoStageQueries,
         "two_stage_unmixed": deformable.UnmixedTwoStageQueries,
         "learned": deformable.LearnedQueries,
+        "task_aware": decoder_decoupled_deformable.TaskAwareQueries,
+    },
+    "conditional": {
+        "learned": proposals_conditional.LearnedQueries,
+        "anchors": proposals_conditional.AnchorQueries,
+        "anchor_cells": proposals_conditional.AnchorCellQueries,
         "task_aware": query_gen.TaskAwareQueries,
     },
 }
 DENOISABLE = "two_stage", "two_stage_unmixed"       # queries whose positions are made of boxes
-BACKBONES = {
-    "convnet": lambda r: backbone.ConvNet(),
-    "resnet50": lambda r: backbone.ResNet50(),
-    "swin_l": lambda r: swin.Swin(*r.swin),
+BACKBONES = {                       # each takes a config.Recipe
+    "deformable": {
+        "convnet": lambda r: backbone.ConvNet(),
+        "resnet50": lambda r: backbone.ResNet50(),
+        "swin_l": lambda r: swin.Swin(*r.swin),
+    },
+    "conditional": {
+        "convnet": lambda r: backbone.ConvNetStride8(),
+        "resnet50": lambda r: backbone.ResNet50(),
+        "resnet50_dc5": lambda r: backbone.ResNet50DC5(),
+    },
 }
 LOSSES = {
     "focal": criterion.focal_loss,
@@ -51,12 +70,17 @@ def names(table):
 
 def build(cfg):
     """Build a model.Detector with random weights, as a config.Config describes it."""
+    return {"deformable": build_deformable, "conditional": build_conditional}[cfg.recipe.base](cfg)
+
+
+def build_deformable(cfg):
+    """Build a Detector on deformable attention and several feature levels."""
     r = cfg.recipe
-    body = BACKBONES[cfg.backbone](r)
+    body = BACKBONES["deformable"][cfg.backbone](r)
     sizes = r.d_model, r.num_heads, r.num_levels, r.num_points, r.d_ffn
-    decoder = DECODERS[r.base][cfg.model](r.decoder_layers, *sizes, r.num_classes)
-    num_sets = getattr(decoder, "num_sets", 1)
-    queries = QUERIES[r.base][cfg.queries](r.num_queries, r.d_model, r.num_classes, num_sets)
+    decoder = DECODERS["deformable"][cfg.model](r.decoder_layers, *sizes, r.num_classes)
+    queries = QUERIES["deformable"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
+                                                 getattr(decoder, "num_sets", 1))
     if cfg.queries == "learned":
         with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
             decoder.box_heads[0][-1].bias[2:] = -2
@@ -65,6 +89,20 @@ def build(cfg):
     if cfg.dn_number:
         return denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
     return model.Detector(*parts)
+
+
+def build_conditional(cfg):
+    """Build a Detector on dense attention and one feature level."""
+    r = cfg.recipe
+    body = BACKBONES["conditional"][cfg.backbone](r)
+    sizes = r.d_model, r.num_heads, r.d_ffn
+    decoder = DECODERS["conditional"][cfg.model](r.decoder_layers, *sizes, r.num_classes,
+                                                 r.dropout)
+    queries = QUERIES["conditional"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
+                                                  getattr(decoder, "num_sets", 1))
+    return model.Detector(
+        body, encoder_conditional.Projection(body.channels, r.d_model),
+        encoder_conditional.Encoder(r.encoder_layers, *sizes, r.dropout), queries, decoder)
 
 
 class Training(NamedTuple):
@@ -76,7 +114,9 @@ class Training(NamedTuple):
 def training(cfg):
     """Find the inputs and the loss of a config.Config. -> Training"""
     layer_loss = LOSSES[cfg.loss]
-    base_loss = (dac_release if cfg.model == "dac_release" else criterion).detection_loss
+    base_loss = {"conditional": criterion.conditional_loss}.get(
+        cfg.recipe.base,
+        (dac_release if cfg.model == "dac_release" else criterion).detection_loss)
 
     def inputs(images, is_pad, targets, step, rank):
         return images, is_pad

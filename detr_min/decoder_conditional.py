@@ -1,0 +1,84 @@
+"""Conditional DETR's decoder, on which SD-DETR is built.
+
+[Conditional DETR Sec. 3; SD Eq. 1]. A query has a content f, a position p and a reference point r.
+Cross-attention looks around r, as far as a scale T, computed from the content, says. Nothing is
+refined: every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
+it. Read `proposals_conditional.py` before.
+"""
+import torch
+from torch import nn
+
+from . import attention_conditional, boxes, encoder, encoder_conditional, proposals
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, then cross-attention to the image and an FFN."""
+
+    def __init__(self, cross_attention, d_model, num_heads, d_ffn, dropout=0.0):
+        """cross_attention: the class of this layer's, from attention_conditional.of_layers"""
+        super().__init__()
+        self.self_attn = attention_conditional.SelfAttention(d_model, num_heads, dropout)
+        self.norm_self = nn.LayerNorm(d_model)
+        self.cross_attn = cross_attention(d_model, num_heads, dropout)
+        self.norm_cross = nn.LayerNorm(d_model)
+        self.ffn = encoder_conditional.feed_forward(d_model, d_ffn, dropout)
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.drop = nn.Dropout(dropout)
+
+    def disperse(self, queries, query_pos):
+        """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)"""
+        return self.norm_self(queries + self.drop(self.self_attn(queries, query_pos)))
+
+    def gather(self, queries, query_pos, spatial, memory):
+        """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)"""
+        read = self.cross_attn(queries, query_pos, spatial, memory)
+        queries = self.norm_cross(queries + self.drop(read))
+        return self.norm_ffn(queries + self.drop(self.ffn(queries)))
+
+
+class Stack(nn.Module):
+    """Layers, the scale T that they share, and the norm before the heads."""
+
+    def __init__(self, num_layers, d_model, num_heads, d_ffn, dropout=0.0):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            DecoderLayer(cross_attention, d_model, num_heads, d_ffn, dropout)
+            for cross_attention in attention_conditional.of_layers(num_layers)])
+        self.query_scale = encoder.feed_forward(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model)
+        attention_conditional.xavier_uniform(self)
+
+    def states(self, x, pos, spatial, memory):
+        """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], what the heads read, one a layer
+
+        [Conditional DETR Sec. 3.3]  spatial query of layer l = PE(r) * T_l,  T_1 = 1,  T_l = MLP(f)
+        with f the state that enters layer l
+        """
+        scale, states = torch.ones_like(spatial), []
+        for layer in self.layers:
+            x = layer.disperse(x, pos)                                  # (B, N, D)
+            x = layer.gather(x, pos, spatial * scale, memory)           # (B, N, D)
+            states.append(self.norm(x))             # for the heads; the next layer gets x itself
+            scale = self.query_scale(x)                                 # (B, N, D)
+        return states
+
+
+class ConditionalDecoder(Stack):
+    """Conditional DETR's decoder: one class head and one box head for all layers."""
+
+    def __init__(self, num_layers, d_model, num_heads, d_ffn, num_classes, dropout=0.0):
+        super().__init__(num_layers, d_model, num_heads, d_ffn, dropout)
+        self.class_head = proposals.class_head(d_model, num_classes)
+        self.box_head = proposals.box_head(d_model)
+
+    def o_decoder(self, queries, memory):
+        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
+
+        [Conditional DETR Sec. 3.2]  b = sigmoid(MLP(f) + [logit(r), 0, 0])
+
+        The reference point is the same for all layers: a box is not refined.
+        """
+        states = self.states(queries.content[0], queries.pos[0], queries.spatial[0], memory)
+        return [boxes.Predictions(self.class_head(x),
+                                  boxes.refine(queries.ref_points, self.box_head(x)))
+                for x in states]

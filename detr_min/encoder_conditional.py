@@ -1,0 +1,99 @@
+"""DETR's encoder: dense self-attention among all cells of one feature map.
+
+[DETR Sec. 3.2, App. A.3], unchanged in Conditional DETR. Read `attention_conditional.py` before and
+`proposals_conditional.py` after.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import attention, attention_conditional, boxes
+
+
+def feed_forward(d_model, d_ffn, dropout=0.0):
+    """Linear, ReLU, dropout, Linear, on each token alone. (..., D) -> (..., D)"""
+    return nn.Sequential(nn.Linear(d_model, d_ffn), nn.ReLU(), nn.Dropout(dropout),
+                         nn.Linear(d_ffn, d_model))
+
+
+def cell_positions(is_pad, d_model):
+    """Embed the cells of a feature map, counted on the image alone, not on its padding.
+
+    [DETR, code]  PE of (j / columns, i / rows), counting from 1: 1 is the last column, the last row
+
+    Args:
+        is_pad  (B, h, w)  True = padding
+        d_model D
+    Returns:
+        (B, h, w, D)
+    Differs: Deformable DETR takes centres of cells, half a cell less.
+    """
+    is_image = (~is_pad).float()
+    y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
+    y = y / (y[:, -1:, :] + 1e-6)
+    x = x / (x[:, :, -1:] + 1e-6)
+    return boxes.embed_points(torch.stack([x, y], dim=-1), d_model)
+
+
+class Projection(nn.Module):
+    """The backbone's last level, brought to D channels: a 1x1 convolution with bias, no norm."""
+
+    def __init__(self, channels, d_model):
+        super().__init__()
+        self.conv = nn.Conv2d(channels[-1], d_model, 1)
+
+    def forward(self, features):
+        """[..., (B, C, h, w)] of the backbone -> [(B, D, h, w)], one level"""
+        return [self.conv(features[-1])]
+
+
+class EncoderLayer(nn.Module):
+    """LN(x + attention(x + position)), then LN(x + FFN(x))."""
+
+    def __init__(self, d_model, num_heads, d_ffn, dropout=0.0):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(d_model, num_heads, dropout, batch_first=True)
+        self.norm_attn = nn.LayerNorm(d_model)
+        self.ffn = feed_forward(d_model, d_ffn, dropout)
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, memory):
+        """A Memory with pos -> a Memory"""
+        x = memory.tokens                                                               # (B, S, D)
+        qk = x + memory.pos
+        read, _ = self.attn(qk, qk, x, key_padding_mask=memory.is_pad, need_weights=False)
+        x = self.norm_attn(x + self.drop(read))
+        return memory._replace(tokens=self.norm_ffn(x + self.drop(self.ffn(x))))
+
+
+class Encoder(nn.Module):
+    """Turn one feature level into the decoder's Memory."""
+
+    def __init__(self, num_layers, d_model, num_heads, d_ffn, dropout=0.0):
+        super().__init__()
+        self.layers = nn.ModuleList([
+            EncoderLayer(d_model, num_heads, d_ffn, dropout) for _ in range(num_layers)])
+        attention_conditional.xavier_uniform(self)
+
+    def forward(self, features, is_pad):
+        """Encode one projected level, with the padding mask of the images.
+
+        Args:
+            features  [(B, D, h, w)]
+            is_pad    (B, image h, image w)   True = padding
+        Returns:
+            Memory, of S = h*w cells, with pos
+        """
+        x, = features
+        pad = F.interpolate(is_pad[:, None].float(), size=x.shape[-2:]).bool()[:, 0]    # (B, h, w)
+        shares = [(~pad[:, 0]).float().mean(-1), (~pad[:, :, 0]).float().mean(-1)]      # (x, y)
+        memory = attention.Memory(
+            tokens=x.flatten(2).transpose(1, 2),                                        # (B, S, D)
+            is_pad=pad.flatten(1),                                                      # (B, S)
+            spatial_shapes=[tuple(x.shape[-2:])],
+            valid_ratios=torch.stack(shares, dim=-1)[:, None],                          # (B, 1, 2)
+            pos=cell_positions(pad, x.shape[1]).flatten(1, 2))                          # (B, S, D)
+        for layer in self.layers:
+            memory = layer(memory)
+        return memory
