@@ -1,4 +1,6 @@
 """What several test files build on: random weights, a padded memory, random queries."""
+import math
+
 import torch
 
 from detr_min import attention, proposals
@@ -31,6 +33,24 @@ def shaken(module, generator, by=0.2):
         for parameter in module.parameters():
             parameter += by * torch.randn(parameter.shape, generator=generator).double()
     return module
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def iou_and_giou(a, b):
+    """Of two cxcywh boxes as python floats, from areas."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+        (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
+    both = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
+    either = a[2] * a[3] + b[2] * b[3] - both
+    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+    return both / either, both / either - (hull - either) / hull
+
+
+def l1_distance(a, b):
+    return sum(abs(x - y) for x, y in zip(a, b))
 
 
 def memory_of(levels, pads=None):

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from detr_min import matcher
-from detr_min.release import dac_release
+from helpers import EXACT, iou_and_giou, l1_distance, sigmoid
 
 
 def random_image(seed, N, M, C=3):
@@ -22,31 +22,17 @@ def random_image(seed, N, M, C=3):
     return logits, boxes_(N), torch.randint(C, (M,), generator=g), boxes_(M)
 
 
-def corners(box):
-    cx, cy, w, h = box
-    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
-
-
-def slow_iou_and_giou(a, b):
-    """Two cxcywh boxes as python floats -> IoU, GIoU, from areas."""
-    ax0, ay0, ax1, ay1 = corners(a)
-    bx0, by0, bx1, by1 = corners(b)
-    both = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
-    either = a[2] * a[3] + b[2] * b[3] - both
-    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
-    return both / either, both / either - (hull - either) / hull
-
-
 # --- one-to-one: the cost [DETR Eq. 1] ------------------------------------------------------------
 
 def test_match_cost_by_hand():
-    """[DETR Eq. 1]  Logit 0 is p = .5; the box has the object's centre and half its height."""
-    cost = matcher.match_cost(torch.zeros(1, 2), torch.tensor([[.5, .5, .4, .2]]),
+    """[DETR Eq. 1]  Logit log 4 is p = .8; the box is half as wide as the object, twice as high."""
+    cost = matcher.match_cost(torch.tensor([[-1., math.log(4)]]), torch.tensor([[.6, .5, .2, .8]]),
                               torch.tensor([1]), torch.tensor([[.5, .5, .4, .4]]))
-    # class  2 * (.25 * .5^2 - .75 * .5^2) * ln 2 = 2 * -.125 * .693 = -.1733
-    # L1     5 * |.2 - .4| = 1
-    # GIoU  -2 * .5 = -1      (the hull is the object itself: GIoU = IoU = .08 / .16)
-    assert_close(cost, torch.tensor([[-0.25 * math.log(2)]]), atol=1e-6, rtol=0)
+    # class  2 * (.25 * .2^2 * -ln .8 - .75 * .8^2 * -ln .2) = 2 * (.00223 - .77253) = -1.54060
+    # L1     5 * (|.6 - .5| + |.2 - .4| + |.8 - .4|) = 5 * .7 = 3.5
+    # GIoU  -2 * (1/3 - 1/4) = -1/6:  x .5 to .7 and .3 to .7, y .1 to .9 and .3 to .7, so
+    #        both .2 * .4 = .08, either .16 + .16 - .08 = .24, hull .4 * .8 = .32, neither .08
+    assert_close(cost, torch.tensor([[-1.54060 + 3.5 - 1 / 6]]), atol=1e-5, rtol=0)
 
 
 def test_match_cost_by_definition():
@@ -54,11 +40,10 @@ def test_match_cost_by_definition():
     logits, pred_boxes, gt_labels, gt_boxes = random_image(7, N=6, M=3)
     expected = torch.empty(6, 3, dtype=torch.float64)
     for i, j in itertools.product(range(6), range(3)):
-        p = 1 / (1 + math.exp(-logits[i, gt_labels[j]].item()))
+        p = sigmoid(logits[i, gt_labels[j]].item())
         focal = -.25 * (1 - p) ** 2 * math.log(p) + .75 * p ** 2 * math.log(1 - p)
         b, g = pred_boxes[i].tolist(), gt_boxes[j].tolist()
-        l1, giou = sum(abs(x - y) for x, y in zip(b, g)), slow_iou_and_giou(b, g)[1]
-        expected[i, j] = 2 * focal + 5 * l1 - 2 * giou
+        expected[i, j] = 2 * focal + 5 * l1_distance(b, g) - 2 * iou_and_giou(b, g)[1]
     cost = matcher.match_cost(logits, pred_boxes, gt_labels, gt_boxes)
     assert_close(cost, expected, atol=1e-5, rtol=0)         # 1e-8 within the logarithms, or none
 
@@ -68,15 +53,15 @@ def test_match_cost_is_the_published_one_in_loops():
     logits, pred_boxes, gt_labels, gt_boxes = random_image(0, N=7, M=4)
     expected = torch.empty(7, 4, dtype=torch.float64)
     for i, j in itertools.product(range(7), range(4)):
-        p = 1 / (1 + math.exp(-logits[i, gt_labels[j]].item()))
+        p = sigmoid(logits[i, gt_labels[j]].item())
         negative = (1 - 0.25) * p ** 2 * -math.log(1 - p + 1e-8)
         positive = 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8)
         b, g = pred_boxes[i].tolist(), gt_boxes[j].tolist()
-        bbox_cost = sum(abs(x - y) for x, y in zip(b, g))
-        giou_cost = -slow_iou_and_giou(b, g)[1]
+        bbox_cost = l1_distance(b, g)
+        giou_cost = -iou_and_giou(b, g)[1]
         expected[i, j] = 5 * bbox_cost + 2 * (positive - negative) + 2 * giou_cost
     cost = matcher.match_cost(logits, pred_boxes, gt_labels, gt_boxes)
-    assert_close(cost, expected, atol=1e-12, rtol=0)
+    assert_close(cost, expected, **EXACT)
 
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
@@ -162,10 +147,10 @@ def test_quality_by_definition():
     logits, pred_boxes, gt_labels, gt_boxes = random_image(3, N=8, M=3)
     probs, expected = logits.sigmoid(), torch.empty(8, 3, dtype=torch.float64)
     for i, j in itertools.product(range(8), range(3)):
-        iou, _ = slow_iou_and_giou(pred_boxes[i].tolist(), gt_boxes[j].tolist())
+        iou, _ = iou_and_giou(pred_boxes[i].tolist(), gt_boxes[j].tolist())
         expected[i, j] = 0.3 * probs[i, gt_labels[j]] + 0.7 * iou
     quality = matcher.match_quality(probs, pred_boxes, gt_labels, gt_boxes)
-    assert_close(quality, expected, atol=1e-12, rtol=0)
+    assert_close(quality, expected, **EXACT)
     assert quality.min() >= 0 and quality.max() <= 1
 
 
@@ -268,123 +253,3 @@ def test_one_to_many_lets_a_query_gather_where_one_to_one_does_not():
     quality = torch.tensor([[.8], [.79], [.78], [.77]])
     assert len(pairs_of(quality)) == 4
     assert matcher.one_to_one(-quality)[0].tolist() == [0]
-
-
-# --- one-to-many as the release has it ------------------------------------------------------------
-
-def released(quality, **arguments):
-    query_idx, gt_idx = dac_release.one_to_many(quality, **arguments)
-    assert query_idx.dtype == gt_idx.dtype == torch.int64
-    pairs = list(zip(query_idx.tolist(), gt_idx.tolist()))
-    assert pairs == sorted(pairs)
-    return pairs
-
-
-def test_release_forces_the_best_query_of_an_object_below_the_threshold():
-    """Case A: nothing passes .4, yet the single best query is assigned. Not so by the paper's."""
-    quality = torch.tensor([[.10], [.30], [.20]])
-    assert released(quality) == [(1, 0)] and pairs_of(quality) == []
-
-
-def test_release_starves_an_object_whose_candidates_all_prefer_another():
-    """Case C: two objects that overlap, three candidates, all a little better for object 0."""
-    quality = torch.tensor([[.70, .60], [.65, .55], [.60, .50]])
-    assert released(quality) == [(0, 0), (1, 0), (2, 0)]
-
-
-def test_release_does_not_force_a_query_that_belongs_to_another_object():
-    """Case F: none passes for object 1, and its best query, q0, is object 0's: it gets none."""
-    quality = torch.tensor([[.50, .30], [.10, .05]])
-    assert released(quality) == [(0, 0)]
-
-
-def test_release_lets_a_query_serve_two_objects():
-    """Case H: object 1 owns q1 and q2, so it gets two queries, its two best: q0 and q1, not q2."""
-    quality = torch.tensor([[.70, .31, .30], [.54, .42, .40]]).T
-    assert released(quality) == [(0, 0), (0, 1), (1, 1)]
-    assert pairs_of(quality) == [(0, 0), (1, 1), (2, 1)]                # by the paper's reading
-
-
-def test_release_without_its_random_cap():
-    """Case E: 100 objects with 5 good queries each. The release keeps 75 pairs, and 45 objects go
-    without (or another number, by chance); here all 500 pairs stay, the same each time."""
-    quality = torch.zeros(500, 100)
-    quality[torch.arange(500), torch.arange(500) // 5] = 0.8
-    pairs = released(quality)
-    assert pairs == [(i, i // 5) for i in range(500)] == released(quality)
-
-
-def slow_one_to_many_release(quality, threshold, k):
-    """Section 1.5 of the facts, steps 1 to 7 without 4, one query and one object at a time."""
-    N, M = quality.shape
-    q = quality.tolist()
-    owner = [max(range(M), key=lambda j: (q[i][j], -j)) for i in range(N)]                  # 1
-    positive = {i for i in range(N) if q[i][owner[i]] >= threshold}                         # 2
-    for j in range(M):
-        positive.add(max(range(N), key=lambda i: (q[i][j], -i)))                            # 3
-    pairs = []
-    for j in range(M):
-        owned = sum(owner[i] == j for i in positive)                                        # 5
-        ranked = sorted(range(N), key=lambda i: (-q[i][j], i))
-        pairs += [(i, j) for i in ranked[:min(owned, k)]]                                   # 6
-    return sorted(pairs)
-
-
-@pytest.mark.parametrize("N, M", [(1, 1), (3, 2), (5, 7), (12, 3), (40, 5), (200, 4)])
-@pytest.mark.parametrize("steps", [4, 1000])
-def test_release_by_definition(N, M, steps):
-    """Fewer queries than k, more objects than queries, ties, qualities on the threshold."""
-    for seed in range(8):
-        g = torch.Generator().manual_seed(seed)
-        quality = torch.randint(steps + 1, (N, M), generator=g).double() / steps
-        for threshold, k in ((0.4, 6), (0.75, 2), (0.99, 1)):
-            pairs = released(quality, threshold=threshold, k=k)
-            assert pairs == slow_one_to_many_release(quality, threshold, k)
-    assert released(quality) == slow_one_to_many_release(quality, 0.4, 6)
-
-
-def test_release_equals_the_papers_reading_where_nothing_is_forced_or_claimed_twice():
-    """Objects apart, a good query for each: forcing and sharing change nothing."""
-    quality = torch.tensor([[.9, .0], [.5, .1], [.3, .0], [.0, .8], [.1, .41]])
-    assert released(quality) == pairs_of(quality) == [(0, 0), (1, 0), (3, 1), (4, 1)]
-
-
-def test_release_without_objects_or_queries_is_empty():
-    assert released(torch.zeros(5, 0)) == [] == released(torch.zeros(0, 3))
-
-
-def test_release_ties_go_to_the_lower_index():
-    assert released(torch.full((500, 3), 0.5)) == [(i, 0) for i in range(6)]
-
-
-# --- what students' answers taught the tests ------------------------------------------------------
-
-def test_quality_of_the_less_likely_class_by_hand():
-    """[DAC Eq. 4]  Both boxes are the objects', IoU = 1; the best class is not always theirs."""
-    box, probs = torch.tensor([[.5, .5, .4, .4]] * 2), torch.tensor([[.8, .2], [.1, .9]])
-    quality = matcher.match_quality(probs, box, torch.tensor([1, 0]), box)
-    # object 0 is of class 1, object 1 of class 0
-    # q0  .3 * .2 + .7 = .76    .3 * .8 + .7 = .94
-    # q1  .3 * .9 + .7 = .97    .3 * .1 + .7 = .73
-    assert_close(quality, torch.tensor([[.76, .94], [.97, .73]]))
-
-
-def test_quality_accepts_probabilities_of_0_and_1():
-    """[DAC Eq. 4]  A saturated sigmoid gives exactly these; IoU = 1."""
-    box = torch.tensor([[.5, .5, .4, .4]])
-    quality = matcher.match_quality(torch.tensor([[0., 1.]]), box, torch.tensor([0, 1]),
-                                    box.repeat(2, 1))
-    assert_close(quality, torch.tensor([[.7, 1.]]))
-
-
-@pytest.mark.parametrize("assign", ["one_to_one", "one_to_many"])
-def test_an_assignment_leaves_its_argument_as_it_is(assign):
-    given = torch.tensor([[.9, .1], [.6, .3], [.2, .7]])
-    kept = given.clone()
-    getattr(matcher, assign)(given)
-    assert torch.equal(given, kept), f"{assign} changed {kept.tolist()} to {given.tolist()}"
-
-
-def test_one_to_one_of_a_cost_that_requires_gradient():
-    query_idx, gt_idx = matcher.one_to_one(torch.tensor([[9., 0.], [1., 9.]], requires_grad=True))
-    assert query_idx.tolist() == [0, 1] and gt_idx.tolist() == [1, 0]

@@ -1,7 +1,4 @@
-"""SD-DETR's task-aware queries: what a box holds [SD Eq. 4], which points of it matter [SD Eq. 5].
-
-The part of query_gen.py that Decoupled DETR adds; the rest is in test_query_gen.py.
-"""
+"""Task-aware queries: what a box holds [SD Eq. 4] and which points of it matter [SD Eq. 5]."""
 import math
 
 import pytest
@@ -10,31 +7,10 @@ import torchvision.ops as ops
 from torch.testing import assert_close
 from torchvision.ops.poolers import LevelMapper
 
-from detr_min import attention, boxes, query_gen
+from detr_min import boxes, query_gen
+from helpers import EXACT, f64, memory_of, shaken
 
 D = 16
-
-
-def f64(*numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def a_memory(levels, is_pad=None):
-    """A Memory of levels [(B, D, h, w), ...]; is_pad [(B, h, w), ...] where there is padding."""
-    if is_pad is None:
-        is_pad = [torch.zeros(x.shape[0], *x.shape[2:], dtype=torch.bool) for x in levels]
-    ratios = [torch.stack([(~p[:, 0]).double().mean(-1), (~p[:, :, 0]).double().mean(-1)], -1)
-              for p in is_pad]
-    return attention.Memory(torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1),
-                            torch.cat([p.flatten(1) for p in is_pad], dim=1),
-                            [tuple(x.shape[2:]) for x in levels],
-                            torch.stack(ratios, dim=1).to(levels[0]))
-
-
-@pytest.fixture
-def generator():
-    torch.manual_seed(0)
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
@@ -47,7 +23,7 @@ def padded(generator):
         h, w = pad.shape[1:]
         pad[1, 3 * h // 4:] = True
         pad[1, :, w // 2:] = True
-    return levels, a_memory(levels, is_pad)
+    return levels, memory_of(levels, is_pad)
 
 
 # --- region features [SD Eq. 4] -------------------------------------------------------------------
@@ -56,16 +32,16 @@ def test_region_features_by_hand():
     """[SD Eq. 4]  On a map that says its own column, a box 7 columns wide reads the 7."""
     columns = torch.arange(16.).double().expand(1, 1, 8, 16)            # value = column number
     box = f64(8.5 / 16, .5, 7 / 16, 7 / 8)[None, None]      # columns 5 to 12: 7 cells wide
-    found = query_gen.region_features(a_memory([columns]), box)
+    found = query_gen.region_features(memory_of([columns]), box)
     # bin i is one cell wide, its centre is 5 + i + .5 cells from the left: cell number 5 + i
-    assert_close(found, f64(5, 6, 7, 8, 9, 10, 11).expand(1, 1, 7, 7), atol=1e-12, rtol=0)
+    assert_close(found, f64(5, 6, 7, 8, 9, 10, 11).expand(1, 1, 7, 7), **EXACT)
 
 
 def test_region_features_of_a_constant_map_are_the_constant():
     """[SD Eq. 4]"""
     levels = [f64(*range(D))[None, :, None, None].expand(1, D, s, s) for s in (32, 16)]
     ref_boxes = f64([.5, .5, .2, .3], [.4, .6, .7, .6])[None]
-    found = query_gen.region_features(a_memory(levels), ref_boxes)
+    found = query_gen.region_features(memory_of(levels), ref_boxes)
     assert_close(found, f64(*range(D))[None, :, None, None].expand(2, D, 7, 7))
 
 
@@ -77,7 +53,7 @@ def test_level_of_is_that_of_feature_pyramid_networks(generator):
     ref_boxes = torch.stack([side * 0, side * 0, side / w, side / h], -1).clamp(max=1)
     xyxy_px = torch.stack([side * 0, side * 0, ref_boxes[:, 2] * w, ref_boxes[:, 3] * h], -1)
     expected = LevelMapper(3, 5)([xyxy_px]).to(torch.int64)         # 0, 1, 2 for strides 8, 16, 32
-    found = query_gen.level_of(ref_boxes[None], a_memory(levels))[0]
+    found = query_gen.level_of(ref_boxes[None], memory_of(levels))[0]
     assert_close(found, expected)
     assert found.unique().tolist() == [0, 1, 2]
 
@@ -97,7 +73,7 @@ def test_region_features_are_roi_align_box_by_box(padded, generator):
             corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             in_cells = corners * f64(w0, h0, w0, h0) / 2 ** level
             expected = ops.roi_align(levels[level][b:b + 1], [in_cells[None]], 7, aligned=True)
-            assert_close(found[n:n + 1], expected, atol=1e-12, rtol=0)
+            assert_close(found[n:n + 1], expected, **EXACT)
             n, used = n + 1, used | {level}
     assert used == {0, 1} and n == len(found)
 
@@ -113,7 +89,7 @@ def test_points_start_on_a_ring():
 
 def test_points_by_definition(generator):
     """[SD Eq. 5]  R_SP = MLP(ConvNet(F_R)), then tanh: the layers written out."""
-    predict = shaken(query_gen.PointPredictor(D, num_points=5).double(), generator)
+    predict = shaken(query_gen.PointPredictor(D, num_points=5), generator)
     features = torch.randn(3, D, 7, 7, generator=generator, dtype=torch.float64)
     conv, *mlp = [m for m in predict.net if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     x = torch.einsum("pdyx,cd->pcyx", features, conv.weight[:, :, 0, 0]) + conv.bias[:, None, None]
@@ -122,22 +98,15 @@ def test_points_by_definition(generator):
         x = (x @ linear.weight.T + linear.bias).clamp(min=0)
     x = x @ mlp[-1].weight.T + mlp[-1].bias
     points = predict(features)
-    assert_close(points, torch.tanh(x).reshape(3, 5, 2), atol=1e-12, rtol=0)
+    assert_close(points, torch.tanh(x).reshape(3, 5, 2), **EXACT)
     assert points.flatten(1).std(0).min() > 0               # they depend on what the box holds
-
-
-def shaken(module, generator, by=.2):
-    with torch.no_grad():
-        for p in module.parameters():
-            p += by * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-    return module
 
 
 @pytest.mark.parametrize("scale", [0, 1, 1e6])
 def test_points_stay_inside_the_box_for_any_input(generator, scale):
     """[SD Eq. 5]"""
     predict = shaken(query_gen.PointPredictor(D), generator, by=2)
-    points = predict(scale * torch.randn(20, D, 7, 7, generator=generator))
+    points = predict(scale * torch.randn(20, D, 7, 7, generator=generator).double())
     assert points.abs().max() <= 1 and points.shape == (20, 8, 2)
 
 
@@ -148,8 +117,8 @@ def test_points_in_the_centre_read_the_centre(generator):
     features = torch.randn(2, D, 7, 7, generator=generator, dtype=torch.float64)
     ref_boxes = f64([.3, .6, .2, .4], [.5, .2, .1, .1])
     content, pos = query_gen.points_to_query(features, torch.zeros(2, 8, 2).double(), ref_boxes)
-    assert_close(content, features[:, :, 3, 3], atol=1e-12, rtol=0)
-    assert_close(pos, boxes.embed_points(ref_boxes[:, :2], D), atol=1e-12, rtol=0)
+    assert_close(content, features[:, :, 3, 3], **EXACT)
+    assert_close(pos, boxes.embed_points(ref_boxes[:, :2], D), **EXACT)
 
 
 def test_points_to_query_by_hand():
@@ -157,10 +126,10 @@ def test_points_to_query_by_hand():
     columns = torch.arange(7.).double().expand(1, D, 7, 7)
     points = f64([4 / 7, 0], [-2 / 7, 6 / 7])[None]         # columns 3 + 2 and 3 - 1
     content, pos = query_gen.points_to_query(columns, points, f64(.5, .5, .7, .35)[None])
-    assert_close(content, torch.full((1, D), 3.5).double(), atol=1e-12, rtol=0)     # (5 + 2) / 2
+    assert_close(content, torch.full((1, D), 3.5).double(), **EXACT)     # (5 + 2) / 2
     # in the image: .5 + 4/7 * .7/2 = .7 and .5 - 2/7 * .7/2 = .4;  y: .5 and .5 + 6/7 * .35/2 = .65
     expected = (boxes.embed_points(f64(.7, .5), D) + boxes.embed_points(f64(.4, .65), D)) / 2
-    assert_close(pos[0], expected, atol=1e-12, rtol=0)
+    assert_close(pos[0], expected, **EXACT)
 
 
 def test_points_to_query_by_definition(generator):
@@ -182,8 +151,8 @@ def test_points_to_query_by_definition(generator):
             expected += ((1 - down) * upper + down * lower) / 3
             cx, cy, w, h = ref_boxes[p].tolist()
             expected_pos += boxes.embed_points(f64(cx + x * w / 2, cy + y * h / 2), D) / 3
-        assert_close(content[p], expected, atol=1e-12, rtol=0)
-        assert_close(pos[p], expected_pos, atol=1e-12, rtol=0)
+        assert_close(content[p], expected, **EXACT)
+        assert_close(pos[p], expected_pos, **EXACT)
 
 
 # --- the whole [SD Eq. 4-5] -----------------------------------------------------------------------
@@ -191,7 +160,7 @@ def test_points_to_query_by_definition(generator):
 def test_two_tasks_get_two_queries_from_one_anchor(padded, generator):
     """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box."""
     _, memory = padded
-    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)
+    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)
     out = queries(memory)
     assert out.content.shape == out.pos.shape == (2, 2, 5, D) and out.ref_boxes.shape == (2, 5, 4)
     features = query_gen.region_features(memory, out.ref_boxes)
@@ -200,15 +169,15 @@ def test_two_tasks_get_two_queries_from_one_anchor(padded, generator):
         points = queries.predictors[task](features)
         content, pos = query_gen.points_to_query(features, points, ref_boxes)
         rank = queries.content[task].repeat(2, 1)       # DEVIATION: anchor n has learned content n
-        assert_close(out.content[task].flatten(0, 1), content + rank, atol=1e-12, rtol=0)
-        assert_close(out.pos[task].flatten(0, 1), pos, atol=1e-12, rtol=0)
+        assert_close(out.content[task].flatten(0, 1), content + rank, **EXACT)
+        assert_close(out.pos[task].flatten(0, 1), pos, **EXACT)
     assert (out.content[0] - out.content[1]).abs().max() > 1e-2
 
 
 def test_queries_start_at_the_most_objectlike_cells(padded, generator):
     """[SD Eq. 4]  R_box: the N proposals of highest logit 0, best first."""
     _, memory = padded
-    out = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)(memory)
+    out = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)(memory)
     for b in range(2):
         objectness = out.proposals.logits[b, :, 0].tolist()
         best = sorted(range(len(objectness)), key=lambda cell: -objectness[cell])[:5]
@@ -219,7 +188,7 @@ def test_anchors_get_no_gradient_points_and_features_do(padded, generator):
     """[SD Eq. 4-5]  The decoder's losses teach where to look in a box, not where the box is."""
     _, memory = padded
     memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
-    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2).double(), generator)
+    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)
     out = queries(memory)
     assert not out.ref_boxes.requires_grad, "the anchors have a gradient"
     (out.content.square().sum() + out.pos.square().sum()).backward()
@@ -260,7 +229,7 @@ def test_points_stay_apart_and_where_they_start_equal_stay_equal(generator):
 
 def test_fewer_cells_than_queries(generator):
     """[SD Eq. 4]  A small image has S < N cells: every cell becomes a query, none twice."""
-    memory = a_memory([torch.randn(2, D, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
+    memory = memory_of([torch.randn(2, D, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
     out = query_gen.TaskAwareQueries(50, D, 3, num_sets=2)(memory)
     assert out.content.shape == (2, 2, 8, D) and out.ref_boxes.shape == (2, 8, 4)
     assert_close(out.ref_boxes.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)

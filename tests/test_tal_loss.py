@@ -8,14 +8,11 @@ import torchvision.ops as ops
 from torch.testing import assert_close
 
 from detr_min import tal_loss
+from helpers import EXACT, f64
 
 
 def logit(p):
     return math.log(p / (1 - p))
-
-
-def f64(*numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 # --- the target [SD Eq. 6] ------------------------------------------------------------------------
@@ -31,9 +28,9 @@ def test_target_by_definition():
     g = torch.Generator().manual_seed(0)
     s, u = torch.rand(2, 20, generator=g, dtype=torch.float64)
     expected = f64(*[a.item() ** .25 * b.item() ** .75 for a, b in zip(s, u)])
-    assert_close(tal_loss.aligned_target(s, u), expected, atol=1e-12, rtol=0)
+    assert_close(tal_loss.aligned_target(s, u), expected, **EXACT)
     expected = f64(*[a.item() ** .4 * b.item() ** .5 for a, b in zip(s, u)])
-    assert_close(tal_loss.aligned_target(s, u, alpha=.4, beta=.5), expected, atol=1e-12, rtol=0)
+    assert_close(tal_loss.aligned_target(s, u, alpha=.4, beta=.5), expected, **EXACT)
 
 
 def test_target_is_the_score_exactly_where_score_and_iou_agree():
@@ -86,7 +83,7 @@ def test_loss_by_definition_two_sums_are_the_dense_form(gamma):
                 pos += abs(target - s) ** gamma * bce
             else:
                 neg += s ** gamma * -math.log(1 - s)
-    assert_close(tal_loss.tal_loss(z, t, gamma), f64(pos + neg)[0], atol=1e-12, rtol=0)
+    assert_close(tal_loss.tal_loss(z, t, gamma), f64(pos + neg)[0], **EXACT)
 
 
 def test_alpha_and_beta_of_zero_give_focal_loss_without_alpha():
@@ -98,7 +95,7 @@ def test_alpha_and_beta_of_zero_give_focal_loss_without_alpha():
     t[matched] = tal_loss.aligned_target(z[matched].sigmoid(), f64(.1, .5, .9), alpha=0, beta=0)
     assert_close(t[matched], f64(1., 1., 1.))
     expected = ops.sigmoid_focal_loss(z, t, alpha=-1, gamma=2, reduction="sum")
-    assert_close(tal_loss.tal_loss(z, t), expected, atol=1e-12, rtol=0)
+    assert_close(tal_loss.tal_loss(z, t), expected, **EXACT)
 
 
 def test_finite_where_the_sigmoid_is_saturated():
@@ -148,7 +145,7 @@ def test_gradient_table(s, at_5, at_7, at_9, negative):
 @pytest.mark.parametrize("u", [.1, .3, .5, .9])
 def test_stationary_exactly_where_the_score_equals_the_iou(u):
     """[SD Eq. 6-7]  t = s there, and every term has a factor t - s."""
-    assert_close(gradient_of(u, u), 0., atol=1e-12, rtol=0)
+    assert_close(gradient_of(u, u), 0., **EXACT)
 
 
 def test_gradient_has_the_sign_of_score_less_iou():
