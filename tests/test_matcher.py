@@ -253,3 +253,36 @@ def test_one_to_many_lets_a_query_gather_where_one_to_one_does_not():
     quality = torch.tensor([[.8], [.79], [.78], [.77]])
     assert len(pairs_of(quality)) == 4
     assert matcher.one_to_one(-quality)[0].tolist() == [0]
+
+
+# --- what students' answers taught the tests ------------------------------------------------------
+
+def test_quality_of_the_less_likely_class_by_hand():
+    """[DAC Eq. 4]  Both boxes are the objects', IoU = 1; the best class is not always theirs."""
+    box, probs = torch.tensor([[.5, .5, .4, .4]] * 2), torch.tensor([[.8, .2], [.1, .9]])
+    quality = matcher.match_quality(probs, box, torch.tensor([1, 0]), box)
+    # object 0 is of class 1, object 1 of class 0
+    # q0  .3 * .2 + .7 = .76    .3 * .8 + .7 = .94
+    # q1  .3 * .9 + .7 = .97    .3 * .1 + .7 = .73
+    assert_close(quality, torch.tensor([[.76, .94], [.97, .73]]))
+
+
+def test_quality_accepts_probabilities_of_0_and_1():
+    """[DAC Eq. 4]  A saturated sigmoid gives exactly these; IoU = 1."""
+    box = torch.tensor([[.5, .5, .4, .4]])
+    quality = matcher.match_quality(torch.tensor([[0., 1.]]), box, torch.tensor([0, 1]),
+                                    box.repeat(2, 1))
+    assert_close(quality, torch.tensor([[.7, 1.]]))
+
+
+@pytest.mark.parametrize("assign", ["one_to_one", "one_to_many"])
+def test_an_assignment_leaves_its_argument_as_it_is(assign):
+    given = torch.tensor([[.9, .1], [.6, .3], [.2, .7]])
+    kept = given.clone()
+    getattr(matcher, assign)(given)
+    assert torch.equal(given, kept), f"{assign} changed {kept.tolist()} to {given.tolist()}"
+
+
+def test_one_to_one_of_a_cost_that_requires_gradient():
+    query_idx, gt_idx = matcher.one_to_one(torch.tensor([[9., 0.], [1., 9.]], requires_grad=True))
+    assert query_idx.tolist() == [0, 1] and gt_idx.tolist() == [1, 0]
