@@ -45,6 +45,7 @@ class Recipe:
     num_points: int = 4             # sampling points a head and level
     d_ffn: int = 2048
     dropout: float = 0.0            # on the conditional base; the deformable one trains without
+    cell_weight: float = 0.1        # of the mini-detector's loss on the conditional base
     encoder_layers: int = 6
     decoder_layers: int = 6
     num_queries: int = 900
@@ -53,7 +54,6 @@ class Recipe:
     warmup: int = 0                 # steps of linearly growing learning rate
     decay: str = "step"             # step: x0.1 once; cosine: to 0
     drop_at: float = 11 / 12        # share of the run before that step
-    slow_lr: float = 0.1            # factor on the learning rate of backbone and sampling offsets
     weight_decay: float = 1e-4
     clip: float = 0.1               # largest L2 norm of the gradient
     detections: int = 100           # kept of an image, best first, when it is tested
@@ -79,6 +79,8 @@ class Config:
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
     lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-300, 1e300))
+    slow_lr: float = flag(0.1, "factor on the learning rate of backbone and sampling offsets; "
+                          "0 = they stay as they are", Between(0, 1))
     dn_number: int = flag(0, "denoising copies of the objects of an image; 0 = none",
                           Between(0, 10000))
     seed: int = flag(0, "weights, subset, order and augmentation follow from it",
@@ -111,7 +113,8 @@ SD_DETR = dict(model="decoupled", queries="task_aware", loss="tal")
 PRESETS["shapes_conditional"] = dict(
     **CONDITIONAL, queries="anchor_cells", steps=2000, batch=8, size=96, max_size=96, lr=1e-3,
     images=2000, d_model=64, num_heads=4, d_ffn=192, encoder_layers=1, decoder_layers=3,
-    num_queries=30, num_classes=4, warmup=50, decay="cosine", clip=1.0, slow_lr=1.0)
+    num_queries=30, num_classes=4, warmup=50, decay="cosine", clip=1.0, slow_lr=1.0,
+    cell_weight=1.0)
 PRESETS["shapes_sd"] = {**PRESETS["shapes_conditional"], **SD_DETR}
 PRESETS["paper_conditional_r50"] = dict(                        # Conditional DETR's code
     **CONDITIONAL, queries="learned", backbone="resnet50", epochs=50, drop_at=40 / 50, batch=16,
@@ -188,8 +191,8 @@ def from_dict(values):
     values = dict(values)
     try:
         recipe = dict(values.pop("recipe"))
-        if "dn_number" in recipe:               # of checkpoints from before it was a flag
-            values["dn_number"] = recipe.pop("dn_number")
+        for name in {"dn_number", "slow_lr"} & recipe.keys():       # before they were flags
+            values[name] = recipe.pop(name)
         return checked(Config(recipe=Recipe(**recipe), **values))
     except (TypeError, KeyError) as error:
         raise ValueError(f"a config of another version of this package: {error}") from error

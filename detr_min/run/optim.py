@@ -10,13 +10,18 @@ SLOW_NAMES = "backbone.", "sampling_offsets", "reference_points"
 
 
 def make_optimizer(detector, cfg):
-    """AdamW; backbone and sampling offsets learn at a fraction of the rate [Deformable DETR 5]."""
+    """Make AdamW; backbone and sampling offsets learn at a fraction of the rate, or not at all.
+
+    [Deformable DETR Sec. 5]. With a fraction of 0 their parameters need no gradient any more.
+    """
     fast, slow = [], []
     for name, parameter in detector.named_parameters():
+        is_slow = any(word in name for word in SLOW_NAMES)
+        if is_slow and cfg.slow_lr == 0:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
-            is_slow = any(word in name for word in SLOW_NAMES)
             (slow if is_slow else fast).append(parameter)
-    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": cfg.recipe.slow_lr}]
+    groups = [{"params": fast, "factor": 1.0}, {"params": slow, "factor": cfg.slow_lr}]
     return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.recipe.weight_decay)
 
 

@@ -114,9 +114,10 @@ class Training(NamedTuple):
 def training(cfg):
     """Find the inputs and the loss of a config.Config. -> Training"""
     layer_loss = LOSSES[cfg.loss]
-    base_loss = {"conditional": criterion.conditional_loss}.get(
-        cfg.recipe.base,
-        (dac_release if cfg.model == "dac_release" else criterion).detection_loss)
+    base_loss = (dac_release if cfg.model == "dac_release" else criterion).detection_loss
+    if cfg.recipe.base == "conditional":
+        base_loss = functools.partial(criterion.conditional_loss,
+                                      cell_weight=cfg.recipe.cell_weight)
 
     def inputs(images, is_pad, targets, step, rank):
         return images, is_pad
