@@ -34,6 +34,8 @@ def parse(argv=None):
     parser.add_argument("--nms", type=float, metavar="IOU", help="drop boxes that overlap a better "
                         "one of their class by more; DAC-DETR's release is tested with .8")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--dc5", action="store_true", help="the file is a published DC5 model of "
+                        "Conditional DETR and does not say so itself")
     parser.add_argument("--out", metavar="DIR", help="folder of results")
     args = parser.parse_args(argv)
     if min(args.images, args.top_k) < 0 or not 0 <= args.threshold <= 1 or not (
@@ -87,7 +89,7 @@ def draw_points(detector, args, out):
 def main(argv=None):
     """Run the command line. Raises ValueError or OSError for what a person can mend."""
     args = parse(argv)
-    detector = detr_min.load(args.weights, args.device)
+    detector = detr_min.load(args.weights, args.device, args.dc5)
     cfg, run = detector.config, pathlib.Path(args.weights)
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
     if args.photos and out.resolve() == pathlib.Path(args.photos).resolve():

@@ -26,16 +26,17 @@ called `is_pad`, True means padding.
 """
 
 
-def load(path, device="auto"):
+def load(path, device="auto", dc5=False):
     """Load a trained detector that finds objects in pictures.
 
     Args:
         path    a run folder of train.py, a .pt file of one, or a published .pth
         device  auto | cpu | cuda | mps
+        dc5     True for a published DC5 model of Conditional DETR whose file does not say so
     Returns:
         run.predictor.Predictor
     Raises:
         FileNotFoundError, ValueError: the file is missing, or is no checkpoint that fits
     """
     from .run import predictor              # here, so that `import detr_min` loads no torch
-    return predictor.Predictor(path, device)
+    return predictor.Predictor(path, device, dc5)

@@ -52,7 +52,7 @@ decoder.box_heads.{l}.4                 bbox_embed.{l}.layers.2
 COPIES = r"transformer\.decoder\.(class|bbox)_embed\."      # of the same names without this start
 NOT_TAKEN = r"label_enc\.weight|backbone\.0\.body\..*\.num_batches_tracked"     # served training
 DROP_PATH = 0.2         # of Swin-L, for training on
-INCOMPLETE = "no complete checkpoint of DAC-DETR or Deformable DETR"
+INCOMPLETE = "no complete checkpoint of DAC-DETR, Deformable DETR or Conditional DETR"
 
 
 def state_of(content):
@@ -66,11 +66,11 @@ def recognises(content):
     return any(str(key).startswith("transformer.encoder.layers.") for key in state_of(content))
 
 
-def their_name(name, last):
-    """Find the published name of a tensor that our Detector calls `name`, by the table NAMES."""
+def their_name(name, last, table=NAMES):
+    """Find the published name of a tensor that our Detector calls `name`, by a table as NAMES."""
     if name.startswith("backbone.") and not name.startswith("backbone.body."):
         return f"backbone.0.body.{swin.original_name(name.removeprefix('backbone.'))}"
-    for row in NAMES.split("\n"):
+    for row in table.split("\n"):
         if row:
             ours, theirs = row.split()
             found = re.fullmatch(ours.replace(".", r"\.").replace("{l}", r"(?P<l>\d+)")
@@ -188,19 +188,20 @@ def args_of(content):
     return args if isinstance(args, dict) else getattr(args, "__dict__", {})
 
 
-def renamed(theirs, own, last):
+def renamed(theirs, own, last, table=NAMES):
     """Give published tensors our names.
 
     Args:
         theirs  {their name: tensor}
         own     {our name: tensor} of the Detector that is to take them; only shapes are looked at
         last    the number of decoder layers
+        table   as NAMES
     Returns:
         {our name: their tensor}
     Raises:
         ValueError: tensors that are missing, left over, of another shape, or copies that differ
     """
-    wanted = {their_name(name, last): name for name in own}
+    wanted = {their_name(name, last, table): name for name in own}
     copies = {key: re.sub(COPIES, r"\1_embed.", key) for key in theirs if re.match(COPIES, key)}
     for kind in {original.split(".")[0] for original in copies.values()}:   # all of them, or none
         copies |= {f"transformer.decoder.{key}": key

@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from ..release import published, swin
+from .. import backbone
+from ..release import published, published_conditional, swin
 from . import config, registry
 
 FORMAT = "detr_min 1"
@@ -97,15 +98,15 @@ def check_ours(content, path):
     return content
 
 
-def weights_of(content, path):
-    """Config, categories and state dict in the content of a file, ours or published.
+def weights_of(content, path, dc5=False):
+    """Find config, categories and state dict in the content of a file, ours or published.
 
     Raises:
         ValueError: as `check_ours` and `convert`, naming the path
     """
     if published.recognises(content):
         try:
-            return convert(content)
+            return convert(content, dc5)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
     content = check_ours(content, path)
@@ -115,34 +116,42 @@ def weights_of(content, path):
         raise ValueError(f"{path} holds {error}") from error
 
 
-def convert(content):
+def convert(content, dc5=False):
     """Turn a published file's content into Config, categories and state dict under our names.
 
+    Args:
+        content  what the file holds
+        dc5      True: it is a Conditional DETR with dilated C5, where its args do not say so
     Raises:
         ValueError: as published.tensors_of and published.renamed; or sizes that no network has
     """
-    theirs = published.tensors_of(content)
+    theirs, args = published.tensors_of(content), published.args_of(content)
+    is_conditional = published_conditional.recognises(content)
     try:
-        cfg = config.preset(**published.settings_of(theirs, published.args_of(content)))
+        settings = (published_conditional.settings_of(theirs, args, dc5) if is_conditional
+                    else published.settings_of(theirs, args))
+        cfg = config.preset(**settings)
         with torch.device("meta"):                      # names and shapes, no memory, no numbers
             own = registry.build(cfg).state_dict()
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
             ) as error:                                 # of a network that cannot be
         raise ValueError(f"{published.INCOMPLETE}: {error} tells sizes, but is missing or odd"
                          ) from error
-    state = published.renamed(theirs, own, cfg.recipe.decoder_layers)
+    table = published_conditional.NAMES if is_conditional else published.NAMES
+    state = published.renamed(theirs, own, cfg.recipe.decoder_layers, table)
     return cfg, published.categories(cfg.recipe.num_classes), state
 
 
-def load_model(path):
-    """A trained detector, in eval mode on the CPU, with its `.config` and `.categories`.
+def load_model(path, dc5=False):
+    """Load a trained detector, in eval mode on the CPU, with its `.config` and `.categories`.
 
     Args:
         path  a run folder or a .pt or .pth file, ours or published
+        dc5   as `convert`
     Raises:
         FileNotFoundError, ValueError: as `open_file` and `weights_of`
     """
-    run_config, categories, state = weights_of(open_file(path), path)
+    run_config, categories, state = weights_of(open_file(path), path, dc5)
     detector = registry.build(run_config)
     try:
         detector.load_state_dict(state)
@@ -187,7 +196,11 @@ def init_from(detector, categories, path):
     own, content = detector.state_dict(), open_file(path)
     state, theirs = swin.pretrained(published.state_of(content), own), ()
     if not state:
-        _, theirs, state = weights_of(content, path)
+        cfg, theirs, state = weights_of(content, path)
+        is_dc5 = isinstance(detector.backbone, backbone.ResNet50DC5)
+        if cfg.backbone == "resnet50_dc5" and not is_dc5:
+            raise ValueError(f"{path} is of a DC5 model, whose last stage is dilated: the same "
+                             "weights without dilation see another scale. Take a preset of dc5")
     same_classes = [c["name"] for c in theirs] == [c["name"] for c in categories]
     state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     taken = {name: tensor for name, tensor in state.items()

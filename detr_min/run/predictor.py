@@ -48,8 +48,8 @@ def read(picture):
 class Predictor:
     """A detector in eval mode with the config and the classes that it was trained with."""
 
-    def __init__(self, path, device="auto"):
-        self.model = checkpoints.load_model(path)
+    def __init__(self, path, device="auto", dc5=False):
+        self.model = checkpoints.load_model(path, dc5)
         self.config, self.categories = self.model.config, self.model.categories
         self.names = [category["name"] for category in self.categories]     # position = label
         self.model.to(processes.device(device))
