@@ -5,7 +5,7 @@
 """
 import torch  # noqa: F401
 from torch import nn  # noqa: F401
-from detr_min import attention, boxes, decoder_base, encoder, proposals  # noqa: F401
+from detr_min import attention, boxes, decoder_base, encoder, proposals, query_gen  # noqa: F401
 
 
 class DecoderLayer:

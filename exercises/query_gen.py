@@ -7,7 +7,7 @@ import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
 import torchvision.ops as ops  # noqa: F401
 from torch import nn  # noqa: F401
-from detr_min import boxes, proposals  # noqa: F401
+from detr_min import boxes, proposals_conditional  # noqa: F401
 
 
 def points_to_query(features, points, ref_boxes):

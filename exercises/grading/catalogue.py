@@ -73,7 +73,7 @@ EXERCISES = {
             test_the_centre_of_a_cell_gives_the_cell test_a_constant_map_gives_the_constant
             test_a_map_of_coordinates_gives_the_point test_by_definition
             test_each_head_reads_its_own_channels test_gradients
-            test_shapes_that_do_not_add_up[deformable_attention]""")),
+            test_shapes_that_do_not_add_up_are_named""")),
     "matcher.match_cost": Exercise(
         3, "return the (N, M) cost of every prediction for every object", DAC,
         tests_of("test_matcher.py", """test_match_cost_by_hand
@@ -85,16 +85,21 @@ EXERCISES = {
             test_one_to_one_is_the_best_of_all_permutations
             test_one_to_one_without_objects_is_empty
             test_one_to_one_refuses_more_objects_than_queries
-            test_one_to_one_refuses_a_cost_that_is_no_number""")),
+            test_one_to_one_refuses_a_cost_that_is_no_number
+            test_one_to_one_of_a_cost_that_requires_gradient
+            test_an_assignment_leaves_its_argument_as_it_is[one_to_one]""")),
     "matcher.match_quality": Exercise(
         4, "return the (N, M) quality of every prediction for every object", DAC,
-        tests_of("test_matcher.py", """test_quality_worked_by_hand test_quality_by_definition
-            test_quality_refuses_logits test_quality_without_objects_or_queries_is_empty""")),
+        tests_of("test_matcher.py", """test_quality_worked_by_hand
+            test_quality_of_the_less_likely_class_by_hand test_quality_by_definition
+            test_quality_refuses_logits test_quality_accepts_probabilities_of_0_and_1
+            test_quality_without_objects_or_queries_is_empty""")),
     "matcher.one_to_many": Exercise(
         5, "return the pairs that pass the threshold, the top k and the best object", DAC,
         tests_of("test_matcher.py", """test_one_to_many_by_hand test_one_to_many_by_definition
             test_one_to_many_keeps_its_promises test_one_to_many_ties_go_to_the_lower_index
             test_one_to_many_with_fewer_queries_than_k
+            test_an_assignment_leaves_its_argument_as_it_is[one_to_many]
             test_one_to_many_without_objects_or_queries_is_empty""")),
     "decoder_dac.DACDecoder.c_decoder": Exercise(
         6, "return the predictions of every layer when no query ever sees another", DAC,
@@ -118,8 +123,9 @@ EXERCISES = {
     "query_gen.points_to_query": Exercise(
         8, "return the mean feature and the mean position embedding of a box's points", SD,
         tests_of("test_query_gen.py", """test_points_in_the_centre_read_the_centre
-            test_points_to_query_by_hand test_points_to_query_by_definition
-            test_anchors_get_no_gradient_points_and_features_do""")),
+            test_points_to_query_by_hand test_points_to_query_by_definition""")
+        + tests_of("test_decoder_decoupled_deformable.py",
+                   "test_anchors_get_no_gradient_points_and_features_do")),
     "tal_loss.aligned_target": Exercise(
         9, "return what the score of each matched query should be", SD,
         tests_of("test_tal_loss.py", """test_target_by_hand test_target_by_definition
@@ -130,7 +136,8 @@ EXERCISES = {
         tests_of("test_tal_loss.py", """test_loss_by_hand
             test_loss_by_definition_two_sums_are_the_dense_form test_no_gradient_into_targets
             test_alpha_and_beta_of_zero_give_focal_loss_without_alpha
-            test_finite_where_the_sigmoid_is_saturated test_gradient_by_hand
+            test_finite_where_the_sigmoid_is_saturated
+            test_a_confident_mistake_keeps_its_loss_and_its_gradient test_gradient_by_hand
             test_gradient_table test_stationary_exactly_where_the_score_equals_the_iou""")),
     "align_loss.rank_within_object": Exercise(
         10, "return how many pairs of the same object are better than each pair", ALIGN,
