@@ -9,12 +9,13 @@ Two pictures need no run, and are drawn in any case. Every number in a title is 
 """
 import argparse
 import copy
-import itertools
 import pathlib
 import sys
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,38 +24,57 @@ from detr_min import attention, boxes, criterion, matcher, tal_loss  # noqa: E40
 from detr_min.data import transforms  # noqa: E402
 from detr_min.run import checkpoints, draw, evaluate, sets  # noqa: E402
 
-WIDTH = 800 / draw.DPI                  # inches
+WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
 NEEDED = {                              # model: how to make a run of it
     "dac": "python train.py", "decoupled": "python train.py --model decoupled"}
+DOT = dict(marker="o", linestyle="", markeredgecolor="black", markeredgewidth=0.4)
 
 
 def save(figure, out_png):
     """A small png: 128 colours at most, no empty rows above and below."""
-    draw.save(figure, out_png)
+    figure.savefig(out_png)
     with Image.open(out_png) as file:
         picture = file.convert("RGB")
     _, top, _, bottom = ImageOps.invert(picture).getbbox()
-    picture = picture.crop((0, max(top - 8, 0), picture.width, min(bottom + 8, picture.height)))
+    picture = picture.crop((0, max(top - 16, 0), picture.width, min(bottom + 16, picture.height)))
     picture.quantize(128, dither=Image.Dither.NONE).save(out_png, optimize=True)
     return figure
 
 
 def panels(columns, height, **more):
-    """A Figure 800 px wide and its axes in a row."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    """A Figure 1600 px wide and its axes in a row."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
     return figure, figure.subplots(1, columns, squeeze=False, **more)[0]
 
 
-def picture_axes(columns, height, image):
-    """The same, each showing a normalised image (3, h, w) in grey, for colours to stand out."""
+def show_grey(axes, image, box_xyxy=None):
+    """Show a normalised image (3, h, w) in grey, so that colours stand out.
+
+    With a box in pixels, contrast is stretched to what is around it: a pale object becomes clear.
+    """
+    std, mean = (torch.tensor(n)[:, None, None] for n in (transforms.STD, transforms.MEAN))
+    grey = (image * std + mean).clamp(0, 1).mean(0)
+    if box_xyxy is not None:
+        x1, y1, x2, y2 = box_xyxy.round().long().tolist()
+        near = grey[max(y1 - 8, 0):y2 + 8, max(x1 - 8, 0):x2 + 8]
+        grey = ((grey - near.min()) / (near.max() - near.min()).clamp(min=0.05)).clamp(0, 1)
+    axes.set_axis_off()
+    draw.show(axes, (255 * (0.35 + 0.65 * grey)).byte().expand(3, -1, -1))
+
+
+def picture_axes(columns, height, image, box_xyxy=None):
+    """A Figure and its axes in a row, each showing the image in grey."""
     figure, row = panels(columns, height)
-    std, mean = (torch.tensor(numbers)[:, None, None] for numbers in (transforms.STD, transforms.MEAN))
-    grey = (image * std + mean).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
     for axes in row:
-        axes.set_axis_off()
-        draw.show(axes, (255 * (0.35 + 0.65 * grey)).byte())
+        show_grey(axes, image, box_xyxy)
     return figure, row
+
+
+def legend(figure, handles, columns=2):
+    """Say below the panels what lines and dots are."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
+                  frameon=False)
 
 
 def pixels(boxes_or_points, image):
@@ -71,7 +91,8 @@ def answers(model, image):
         is_pad = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
         memory = model.encoder(model.projections(model.backbone(image[None])), is_pad)
         queries = model.queries(memory)
-        return *model.decoder.both_decoders(queries, memory), queries
+        return (model.decoder.o_decoder(queries, memory), model.decoder.c_decoder(queries, memory),
+                queries)
 
 
 def initial_points(out_png, num_heads=8, num_points=4):
@@ -80,7 +101,7 @@ def initial_points(out_png, num_heads=8, num_points=4):
     module = attention.DeformableAttention(num_heads * 8, num_heads, 1, num_points)
     cells = torch.zeros(1, side * side, num_heads * 8)
     memory = attention.Memory(cells, cells[..., 0].bool(), [(side, side)], torch.ones(1, 1, 2))
-    figure, row = panels(2, 3.9)
+    figure, row = panels(2, 4.5)
     box = torch.tensor([0.5, 0.5, 0.7, 0.4])
     for axes, reference in zip(row, (box[:2], box)):
         with torch.no_grad():
@@ -103,23 +124,41 @@ def initial_points(out_png, num_heads=8, num_points=4):
             reach = far / (box[2:] * side / 2)
             axes.set_title(f"inside a box: {num_points} steps to its edge\n"
                            f"the last is at {reach[0]:.0%} of its half width", fontsize=9)
+    legend(figure, [
+        Line2D([], [], color="black", marker="+", linestyle="", label="reference point"),
+        Line2D([], [], color="black", linestyle="--", linewidth=1.2, label="reference box"),
+        Line2D([], [], color=draw.colour_of(0), marker="o", linewidth=0.8,
+               label="sampling points of one head"),
+        Line2D([], [], color="grey", alpha=0.4, label="cells of the feature level")])
     return save(figure, out_png)
 
 
-def zoom(axes, box_xyxy, image, share=0.35):
-    """Show a box in pixels with some of what is around it, as a square."""
+def zoom(axes, box_xyxy, share=0.35, points=None):
+    """Show a box in pixels with some of what is around it, and all points, as a square."""
     x1, y1, x2, y2 = box_xyxy.tolist()
+    centre = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2])
     half = (0.5 + share) * max(x2 - x1, y2 - y1)
-    axes.set(xlim=((x1 + x2) / 2 - half, (x1 + x2) / 2 + half),
-             ylim=((y1 + y2) / 2 + half, (y1 + y2) / 2 - half))
+    if points is not None:
+        half = max(half, 1.05 * (points - centre).abs().max().item())
+    x, y = centre.tolist()
+    axes.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
 
 
 def look(axes, image, reference, points, weights, answer):
     """Points (P, 2) in [0, 1], larger and lighter the more they weigh; dashed: the reference."""
-    axes.scatter(*pixels(points, image).T, 8 + 150 * weights, weights, cmap="plasma",
-                 edgecolors="black", linewidths=0.3, zorder=4)
+    order = weights.argsort()                                           # the heaviest on top
+    axes.scatter(*pixels(points[order], image).T, 8 + 150 * weights[order], weights[order],
+                 cmap="plasma", edgecolors="black", linewidths=0.3, zorder=4)
     draw.frame(axes, pixels(reference, image), "black", "--")
     draw.frame(axes, pixels(answer, image), draw.colour_of(0), "-")
+
+
+LOOK_LEGEND = [
+    Line2D([], [], color="black", linestyle="--", linewidth=1.2,
+           label="box that the layer starts from"),
+    Line2D([], [], color=draw.colour_of(0), linewidth=1.8, label="box that the layer predicts"),
+    Line2D([], [], color="#0d0887", markersize=3, **DOT, label="sampling point of small weight"),
+    Line2D([], [], color="#f0f921", markersize=8, **DOT, label="sampling point of large weight")]
 
 
 def largest(target, number):
@@ -145,27 +184,33 @@ def layers_of_a_query(model, dataset, out_png, index=4):
         seen.append(draw.last_looks(shallow, image, is_pad))
     [gt] = largest(target, 1)
     query = matched(*seen[-1][:2], target)[gt]
-    figure, row = picture_axes(len(seen), 3.1, image)
+    box = pixels(target.boxes[gt], image)
+    all_points = pixels(torch.cat([looks["cross_attn"][1][query] for *_, looks in seen]), image)
+    figure, row = picture_axes(len(seen), 3.2, image, box)
     for layer, (axes, (logits, pred_boxes, looks)) in enumerate(zip(row, seen), start=1):
         reference, points, weights = (t[query] for t in looks["cross_attn"])
-        before, after = (boxes.iou(box[None], target.boxes[gt, None]).item()
-                         for box in (reference, pred_boxes[query]))
+        before, after = (boxes.iou(b[None], target.boxes[gt, None]).item()
+                         for b in (reference, pred_boxes[query]))
         look(axes, image, reference, points, weights, pred_boxes[query])
-        zoom(axes, pixels(target.boxes[gt], image), image)
+        zoom(axes, box, points=all_points)
+        word = "better" if after > before else "worse" if after < before else "no better"
         score = logits[query, target.labels[gt]].sigmoid()
-        axes.set_title(f"layer {layer}: IoU {before:.2f} to {after:.2f}\n"
-                       f"{len(points)} points, score {score:.2f}", fontsize=9)
+        axes.set_title(f"layer {layer} makes the box {word}\nIoU {before:.3f} to "
+                       f"{after:.3f}, score {score:.2f}", fontsize=9)
+    legend(figure, LOOK_LEGEND)
     return save(figure, out_png)
 
 
 def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5, sure=0.3):
     """(c) The same queries before the decoder, after the C-Decoder and after the O-Decoder.
 
-    Drawn are those that overlap an image's largest object by IoU >= `near` after the C-Decoder. The
-    heading has means over all objects: the queries that reach that IoU, and those of them that give
-    the object's class a score of at least `sure`.
+    A query is near an object if its box overlaps the object's by IoU >= `near`. Drawn are those
+    that are near an image's largest object after the C-Decoder, each in its colour, above bars of
+    their scores for the object's class. The heading has means over all objects: the queries near
+    it, and those of them whose score is at least `sure`.
     """
-    counts, objects, stages = torch.zeros(2, 3), 0, ("before", "C-Decoder", "O-Decoder")
+    counts, objects = torch.zeros(2, 3), 0
+    stages = "before the decoder", "after the C-Decoder", "after the O-Decoder"
 
     def stages_of(target, o, c, queries):
         """Boxes (N, 4) and the scores of each object's class (N, M), of the three stages."""
@@ -183,19 +228,42 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
     shown, [gt] = stages_of(target, *answers(model, image)), largest(target, 1)
     overlaps = [boxes.iou(pred_boxes, target.boxes[gt, None])[:, 0] for pred_boxes, _ in shown]
     chosen = (overlaps[1] >= near).nonzero()[:, 0]
-    figure, row = picture_axes(3, 3.6, image)
-    for axes, name, (pred_boxes, scores), overlap in zip(row, stages, shown, overlaps):
-        draw.frame(axes, pixels(target.boxes[gt], image), "black", "--")
-        for number, query in enumerate(chosen):
-            draw.frame(axes, pixels(pred_boxes[query], image), draw.colour_of(number), "-")
-        listed = " ".join(f"{s:.2f}"[1:] for s in scores[chosen, gt].sort().values.flip(0)[:6])
-        axes.set_title(f"{name}: {(overlap[chosen] >= near).sum()} of {len(chosen)} near\n" + (
-            f"scores {listed}" if scores.any() else "the encoder's boxes"), fontsize=8.5)
-        zoom(axes, pixels(target.boxes[gt], image), image)
+    chosen = chosen[shown[1][1][chosen, gt].argsort(descending=True, stable=True)]
+    colours, box = [draw.colour_of(n) for n in range(len(chosen))], pixels(target.boxes[gt], image)
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained", dpi=DPI)
+    tops, bottoms = figure.subplots(2, 3, height_ratios=(2.2, 1))
+    for top, bars, name, (pred_boxes, scores), overlap in zip(tops, bottoms, stages, shown,
+                                                              overlaps):
+        show_grey(top, image, box)
+        draw.frame(top, box, "white", "-")
+        draw.frame(top, box, "black", "--")
+        for query, colour in zip(chosen, colours):
+            draw.frame(top, pixels(pred_boxes[query], image), colour, "-")
+        top.set_title(f"{name}\n{(overlap[chosen] >= near).sum()} of {len(chosen)} queries near",
+                      fontsize=9)
+        zoom(top, box)
+        heights = scores[chosen, gt].tolist()
+        for number, (height, is_near) in enumerate(zip(heights, overlap[chosen] >= near)):
+            bars.bar(number, height, color=colours[number], alpha=1 if is_near else 0.3)
+            bars.text(number, height + 0.02, f"{height:.2f}"[1:] if height < 0.995 else "1.0",
+                      ha="center", fontsize=6 if len(heights) < 12 else 4)
+        bars.axhline(sure, color="grey", linewidth=0.6, linestyle=":")
+        bars.set(ylim=(0, 1.15), xticks=[], yticks=[0, 0.5, 1])
+        bars.set_xlabel("score for the object's class", fontsize=8)
+        bars.tick_params(labelsize=7)
+    bottoms[0].clear()
+    bottoms[0].set_axis_off()
+    bottoms[0].legend(handles=[
+        Line2D([], [], color="black", linestyle="--", linewidth=1.2, label="the object"),
+        Line2D([], [], color=draw.colour_of(0), linewidth=1.8,
+               label="box of a query; its colour\nis the same everywhere"),
+        Patch(color=draw.colour_of(0), alpha=0.3, label="pale bar: not near")],
+        loc="center", fontsize=8, frameon=False, title=f"near: IoU with the object ≥ {near:g}",
+        title_fontsize=8)
     figure.suptitle(
         f"queries near an object, mean of {objects} objects: {a:.1f} before, {b:.1f} after the "
-        f"C-, {c:.1f} after the O-Decoder;\nof these with a score of {sure:g} for its class: "
-        f"{sure_c:.1f} after the C-, {sure_o:.1f} after the O-Decoder", fontsize=9)
+        f"C-, {c:.1f} after the O-Decoder;\nof these with a score of at least {sure:g} for its "
+        f"class: {sure_c:.1f} after the C-, {sure_o:.1f} after the O-Decoder", fontsize=9)
     return save(figure, out_png)
 
 
@@ -203,7 +271,7 @@ def assignments(model, dataset, out_png, index=5):
     """(d) Which queries are taught by which object: one-to-one, and one-to-many."""
     image, target = dataset[index]
     o, c, _ = answers(model, image)
-    figure, row = picture_axes(2, 3.7, image)
+    figure, row = picture_axes(2, 4.5, image)
     cost = matcher.match_cost(o[-1].logits[0], o[-1].boxes[0], target.labels, target.boxes)
     quality = matcher.match_quality(c[-1].logits[0].sigmoid(), c[-1].boxes[0], target.labels,
                                     target.boxes)
@@ -212,22 +280,31 @@ def assignments(model, dataset, out_png, index=5):
             (row[1], "one-to-many, C-Decoder", c[-1].boxes[0], matcher.one_to_many(quality))):
         centres = pixels(pred_boxes[:, :2], image)
         axes.scatter(*centres.T, 7, "white", edgecolors="black", linewidths=0.5)
-        for box, colour in zip(target.boxes, map(draw.colour_of, range(len(target.boxes)))):
-            draw.frame(axes, pixels(box, image), colour, "--")
         for query, gt in zip(query_idx.tolist(), gt_idx.tolist()):
             colour = draw.colour_of(gt)
             draw.frame(axes, pixels(pred_boxes[query], image), colour, "-")
             axes.plot(*centres[query], "o", color=colour, markersize=5, markeredgecolor="black")
-        counts = " ".join(str((gt_idx == gt).sum().item()) for gt in range(len(target.labels)))
-        axes.set_title(f"{name}: {len(gt_idx)} of {len(centres)} queries\n"
-                       f"an object has {counts}", fontsize=9)
+        for gt, box in enumerate(pixels(target.boxes, image)):
+            draw.frame(axes, box, "black", "--")
+            x, y = (box[:2] + 1).tolist()
+            axes.text(x, y, (gt_idx == gt).sum().item(), fontsize=7, va="top", parse_math=False,
+                      bbox={"facecolor": draw.colour_of(gt), "edgecolor": "none", "pad": 1})
+        axes.set_title(f"{name}\n{len(gt_idx)} of {len(centres)} queries learn an object",
+                       fontsize=9)
+    legend(figure, [
+        Line2D([], [], color="black", linestyle="--", linewidth=1.2,
+               label="object, with its number of queries"),
+        Line2D([], [], color=draw.colour_of(0), linewidth=1.8, markersize=5, marker="o",
+               markeredgecolor="black", label="query that learns the object of this colour"),
+        Line2D([], [], color="white", markersize=3, **DOT,
+               label="query that learns “no object”")])
     return save(figure, out_png)
 
 
 def branches(model, dataset, out_png, index=2, num_images=NUM_IMAGES):
-    """(e) Where the last layer's two branches look, for an image's two largest objects.
+    """(e) Where the last layer's two branches look, for an image's largest object.
 
-    The heading has means over all matched queries, each point times its attention weight: the
+    Titles have means over all matched queries, each point times its attention weight: the
     distance to the object's centre in half sizes (1 = at its edge), and the share outside its box.
     """
     sums, pairs = {"cls": torch.zeros(2), "loc": torch.zeros(2)}, 0
@@ -244,17 +321,19 @@ def branches(model, dataset, out_png, index=2, num_images=NUM_IMAGES):
             total += torch.stack([(weights * far).sum(), (weights * (far > 1)).sum()])
     image, target = dataset[index]
     logits, pred_boxes, looks = draw.last_looks(model, image, is_pad)
-    query_idx, objects = matched(logits, pred_boxes, target), largest(target, 2)
-    figure, row = picture_axes(2 * len(objects), 2.9, image)
-    for axes, (gt, task) in zip(row, itertools.product(objects, sums)):
-        reference, points, weights = (t[query_idx[gt]] for t in looks[f"{task}.cross_attn"])
-        look(axes, image, reference, points, weights, pred_boxes[query_idx[gt]])
-        zoom(axes, pixels(target.boxes[gt], image), image)
-        axes.set_title(draw.BRANCHES[task], fontsize=9)
-    figure.suptitle("\n".join(
-        f"{draw.BRANCHES[task]}: points {far / pairs:.2f} half sizes from the centre, "
-        f"{out / pairs:.0%} of the weight outside the box" for task, (far, out) in sums.items()),
-        fontsize=9)
+    [gt] = largest(target, 1)
+    query, box = matched(logits, pred_boxes, target)[gt], pixels(target.boxes[gt], image)
+    found = {task: [t[query] for t in looks[f"{task}.cross_attn"]] for task in sums}
+    all_points = pixels(torch.cat([points for _, points, _ in found.values()]), image)
+    figure, row = picture_axes(2, 4.8, image, box)
+    for axes, (task, (reference, points, weights)) in zip(row, found.items()):
+        look(axes, image, reference, points, weights, pred_boxes[query])
+        zoom(axes, box, points=all_points)
+        far, out = (sums[task] / pairs).tolist()
+        axes.set_title(f"{draw.BRANCHES[task]}\npoints {far:.2f} half sizes from the centre, "
+                       f"{out:.0%} of\ntheir weight outside the box (mean of {pairs} objects)",
+                       fontsize=9)
+    legend(figure, LOOK_LEGEND)
     return save(figure, out_png)
 
 
@@ -274,13 +353,17 @@ def aligned_targets(out_png):
     is_fixed = (target.diagonal() - steps).abs().max() < 1e-9
     left.set_title("t = s^.25 u^.75" + "; dashed: t = s = u" * bool(is_fixed), fontsize=9)
 
-    def pull(loss, wanted):
-        logits = steps.logit()[:, None].requires_grad_()
-        return -torch.autograd.grad(loss(logits, wanted[:, None]), logits)[0][:, 0]
-    focal = pull(criterion.focal_loss, torch.ones_like(steps))
+    def pull(layer_loss, weight, u=1.0):
+        """Of a layer loss, without its weight, on 199 matched queries whose boxes have IoU u."""
+        number, logits = torch.arange(199), steps.logit()[None, :, None].requires_grad_()
+        box = torch.tensor([0.5, 0.5, 0.4, 0.4], dtype=torch.float64).expand(199, -1)
+        pairs = criterion.Pairs(0 * number, number, number, 0 * number,
+                                box * torch.tensor([1, 1, 1, u]))
+        cls, *_ = layer_loss(boxes.Predictions(logits, box[None]), pairs)
+        return -torch.autograd.grad(cls, logits)[0].flatten() / weight
+    focal = pull(criterion.focal_loss, criterion.FOCAL_WEIGHT)
     for u, colour in ((0.5, "tab:green"), (0.7, "tab:orange"), (0.9, "tab:blue")):
-        wanted = tal_loss.aligned_target(steps, torch.full_like(steps, u)).clamp(min=0.01)
-        ours = pull(tal_loss.tal_loss, wanted)
+        ours = pull(criterion.task_aligned_loss, criterion.TAL_WEIGHT, u)
         right.plot(steps, ours, color=colour, label=f"[SD Eq. 7], u = {u}")
     right.plot(steps, focal, "k:", label="focal loss, any u")
     right.axhline(0, color="grey", linewidth=0.6)
@@ -311,6 +394,8 @@ def main(argv=None):
     for run in args.run:
         if (pathlib.Path(run) / "last.pt").exists():
             model = checkpoints.load_model(run)
+            if model.config.recipe.base != "deformable":
+                continue                    # dense attention has no sampling points to draw
             found[model.config.model] = model, sets.open_val(model.config, model.categories)
     if "dac" in found:
         layers_of_a_query(*found["dac"], out / "layers.png")

@@ -1,8 +1,11 @@
 """docs/: links, names and commands are true, pictures show what they say, the pages are whole."""
 import ast
+import functools
 import html
+import importlib
 import importlib.util
 import json
+import pathlib
 import re
 import shlex
 import shutil
@@ -10,15 +13,20 @@ import subprocess
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import eval as eval_program
-from detr_min import criterion, matcher, tal_loss
-from detr_min.data import dataset, transforms
+from detr_min import boxes, matcher, tal_loss
+from detr_min.data import dataset as data_sets
+from detr_min.data import transforms
 from detr_min.run import config, registry
-from test_imports import ORDER
-from test_readme_map import ROOT
 
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDERS = "", "release", "data", "run"
+MODULES = {path.stem: ".".join(filter(None, ["detr_min", folder, path.stem]))   # "boxes": full name
+           for folder in FOLDERS for path in sorted((ROOT / "detr_min" / folder).glob("*.py"))
+           if path.stem != "__init__"}
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.png"))
 by_file = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
@@ -65,11 +73,11 @@ def test_links_lead_somewhere(path):
 @by_file
 def test_names_in_backticks_exist(path):
     for word in code_of(path):
-        if re.fullmatch(r"\w+\.py", word):
+        if re.fullmatch(r"[\w/]+\.py", word):
             assert (ROOT / word).exists() or (ROOT / "detr_min" / word).exists(), word
         name, _, rest = word.partition(".")
-        if name in ORDER and re.fullmatch(r"[\w.]+", rest) and rest != "py":
-            found = importlib.import_module(f"detr_min.{name}")
+        if name in MODULES and re.fullmatch(r"[\w.]+", rest) and rest != "py":
+            found = importlib.import_module(MODULES[name])
             for part in rest.split("."):
                 found = getattr(found, part)
 
@@ -80,7 +88,7 @@ def test_every_entry_of_the_glossary_says_where_it_lives():
     for entry in entries:
         assert re.match(r"\*\*.+?\*\* — [^`]{30,}", entry), entry
         names = re.findall(r"`(\w+)\.\w[\w.]*`", entry)
-        assert names and set(names) <= set(ORDER), entry
+        assert names and set(names) <= set(MODULES), entry
 
 
 @by_file
@@ -113,8 +121,8 @@ def test_steps_and_exercises_of_the_reading_path_are_all_there():
     steps = re.findall(r"^\| (\d+) \|.*?\|(.*?)\| (\d+) \|", text, re.M)
     assert [int(step) for step, _, _ in steps] == list(range(1, 11))
     files = {name for _, cell, _ in steps for name in re.findall(r"`(\w+)\.py`", cell)}
-    beside = {"backbone_swin", "denoising", "decoder_release", "align_loss"}
-    assert set(ORDER[:ORDER.index("model") + 1]) - beside <= files
+    papers = {path.stem for path in (ROOT / "detr_min").glob("*.py")} - {"__init__"}
+    assert papers - {"decoder_decoupled_deformable"} <= files           # the port may be skipped
     table = text[text.index("| step | exercise"):text.index("A picture for")]
     cells = " ; ".join(row.split("|")[2] for row in table.splitlines()[2:] if row)
     numbers = [int(n) for n in re.findall(r"(?:^|;) *(\d+) [a-zA-Z]", cells)]
@@ -131,22 +139,37 @@ def tiny(name):
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset.open_shapes("val", transforms.resize(64, 64), 3, size_px=64)
+    return data_sets.open_shapes("val", transforms.resize(64, 64), 3, size_px=64)
 
 
 def boxes_of(axes, style):
     return [patch for patch in axes.patches if patch.get_linestyle() == style]
 
 
-def check_png(path):
+def check_png(path, figure):
+    """A wide png in which no word is cut off or lies on another."""
     with Image.open(path) as picture:
-        assert picture.format == "PNG" and picture.width == 800 and picture.height > 200
+        assert picture.format == "PNG" and picture.width == 1600 and picture.height > 400
+    words = [axes.title for axes in figure.axes] + figure.legends + [figure._suptitle]
+    extents = [word.get_window_extent() for word in words if word and word.get_visible()]
+    extents = [extent for extent in extents if extent.width and extent.height]
+    assert extents and all(extent.x0 >= 0 and extent.y0 >= 0 and extent.x1 <= figure.bbox.x1
+                           and extent.y1 <= figure.bbox.y1 for extent in extents), path
+    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i]), path
+
+
+def legend_of(figure):
+    """The words of a figure's legends."""
+    legends = figure.legends + [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    return " ".join(text.get_text() for legend in legends for text in legend.get_texts())
 
 
 def test_initial_points_are_directions_and_steps(tmp_path):
     """A point k steps out is k cells from a point, k / K half sizes from a box's centre."""
-    around, inside = pictures.initial_points(tmp_path / "a.png", num_heads=6, num_points=3).axes
-    check_png(tmp_path / "a.png")
+    figure = pictures.initial_points(tmp_path / "a.png", num_heads=6, num_points=3)
+    check_png(tmp_path / "a.png", figure)
+    around, inside = figure.axes
+    assert "reference box" in legend_of(figure)
     for axes in (around, inside):
         assert len(axes.collections) == 6
         assert all(len(dots.get_offsets()) == 3 for dots in axes.collections)
@@ -159,13 +182,16 @@ def test_initial_points_are_directions_and_steps(tmp_path):
 
 def test_layers_of_a_query(tmp_path, dataset):
     figure = pictures.layers_of_a_query(tiny("dac"), dataset, tmp_path / "a.png", index=0)
-    check_png(tmp_path / "a.png")
+    check_png(tmp_path / "a.png", figure)
+    assert "the layer starts from" in legend_of(figure)
     assert len(figure.axes) == 2
     for layer, axes in enumerate(figure.axes, start=1):
         assert len(axes.collections[0].get_offsets()) == 4 * 3 * 2                  # H*L*K
         assert len(boxes_of(axes, "--")) == len(boxes_of(axes, "-")) == 1
-        assert re.match(rf"layer {layer}: IoU \d\.\d\d to \d\.\d\d\n24 points", axes.get_title())
-    end, start = (re.findall(r"\d\.\d\d", axes.get_title())[i]
+        before, after = re.findall(r"\d\.\d\d\d", axes.get_title())
+        word = "better" if after > before else "worse" if after < before else "no better"
+        assert axes.get_title().startswith(f"layer {layer} makes the box {word}\nIoU ")
+    end, start = (re.findall(r"\d\.\d\d\d", axes.get_title())[i]
                   for i, axes in zip((1, 0), figure.axes))
     assert end == start                             # a layer starts where the one before it ended
 
@@ -173,15 +199,47 @@ def test_layers_of_a_query(tmp_path, dataset):
 def test_gathering_shows_the_same_queries_three_times(tmp_path, dataset):
     detector = tiny("dac")
     figure = pictures.gathering(detector, dataset, tmp_path / "a.png", index=0, near=0, sure=0)
-    check_png(tmp_path / "a.png")
-    for axes in figure.axes:                        # near = 0: all queries are
-        assert len(boxes_of(axes, "-")) == 8 and len(boxes_of(axes, "--")) == 1
-        assert "8 of 8 near" in axes.get_title()
+    check_png(tmp_path / "a.png", figure)
+    tops, bars = figure.axes[:3], figure.axes[3:]
+    colours = [patch.get_edgecolor() for patch in boxes_of(tops[0], "-")[1:]]
+    for axes in tops:                       # near = 0: all queries are; the object has two frames
+        assert len(boxes_of(axes, "-")) == 9 and len(boxes_of(axes, "--")) == 1
+        assert [patch.get_edgecolor() for patch in boxes_of(axes, "-")[1:]] == colours
+        assert "8 of 8 queries near" in axes.get_title()
+    image, target = dataset[0]
+    o, c, _ = pictures.answers(detector, image)
+    [gt] = pictures.largest(target, 1)
+    for axes, layer in zip(bars[1:], (c[-1], o[-1])):               # a bar and a number each
+        heights = [bar.get_height() for bar in axes.patches]
+        scores = layer.logits[0, :, target.labels[gt]].sigmoid()
+        assert sorted(heights) == pytest.approx(scores.sort().values.tolist())
+        assert [text.get_text() for text in axes.texts] == [f"{h:.2f}"[1:] for h in heights]
+        assert [bar.get_facecolor()[:3] for bar in axes.patches] == [c[:3] for c in colours]
+    assert bars[0].get_legend().get_title().get_text() == "near: IoU with the object ≥ 0"
     objects = sum(len(dataset[i][1].labels) for i in range(3))
     said = figure.get_suptitle()
     assert f"mean of {objects} objects: 8.0 before, 8.0 after the C-, 8.0 after the O" in said
     figure = pictures.gathering(detector, dataset, tmp_path / "a.png", index=0, near=0, sure=1)
     assert figure.get_suptitle().endswith("0.0 after the C-, 0.0 after the O-Decoder")
+
+
+def test_bars_of_queries_that_left_the_object_are_pale(tmp_path, dataset, monkeypatch):
+    image, target = dataset[0]
+    [gt] = pictures.largest(target, 1)
+
+    def answers(model, image):
+        away = torch.tensor([0.05, 0.05, 0.02, 0.02])
+        def layer(*rows):
+            return [boxes.Predictions(torch.zeros(1, 2, 4), torch.stack(rows)[None])]
+        here = target.boxes[gt]
+        queries = registry.proposals.Queries(None, None, torch.stack([away, away])[None], None)
+        return layer(here, away), layer(here, here), queries
+    monkeypatch.setattr(pictures, "answers", answers)
+    figure = pictures.gathering(None, dataset, tmp_path / "a.png", index=0, num_images=1)
+    assert [axes.get_title().split("\n")[1] for axes in figure.axes[:3]] == [
+        f"{n} of 2 queries near" for n in (0, 2, 1)]
+    assert [[bar.get_alpha() for bar in axes.patches] for axes in figure.axes[4:]] == [
+        [1, 1], [1, 0.3]]
 
 
 def test_answers_are_those_of_the_model_itself(dataset):
@@ -196,13 +254,17 @@ def test_answers_are_those_of_the_model_itself(dataset):
 def test_assignments_draw_every_pair(tmp_path, dataset, monkeypatch):
     pairs = torch.tensor([0, 5]), torch.tensor([1, 1])
     monkeypatch.setattr(matcher, "one_to_many", lambda quality: pairs)
-    left, right = pictures.assignments(tiny("dac"), dataset, tmp_path / "a.png", index=0).axes
-    check_png(tmp_path / "a.png")
+    figure = pictures.assignments(tiny("dac"), dataset, tmp_path / "a.png", index=0)
+    check_png(tmp_path / "a.png", figure)
+    left, right = figure.axes
     M = len(dataset[0][1].labels)
     assert len(boxes_of(left, "--")) == len(boxes_of(right, "--")) == M
     assert len(boxes_of(left, "-")) == M and len(boxes_of(right, "-")) == 2
-    assert f"{M} of 8 queries\nan object has 1 1" in left.get_title()
-    assert "2 of 8 queries\nan object has 0 2" in right.get_title()
+    assert f"{M} of 8 queries learn an object" in left.get_title()
+    assert "2 of 8 queries learn an object" in right.get_title()
+    assert [text.get_text() for text in left.texts] == ["1"] * M
+    assert [text.get_text() for text in right.texts] == ["0", "2", *["0"] * (M - 2)]
+    assert "object, with its number of queries" in legend_of(figure)
 
 
 def test_branches_stand_side_by_side(tmp_path, dataset):
@@ -227,19 +289,20 @@ def test_branches_stand_side_by_side(tmp_path, dataset):
         figure = pictures.branches(detector, dataset, tmp_path / "a.png", index=0, num_images=1)
     finally:
         pictures.draw.last_looks = look
-    check_png(tmp_path / "a.png")
-    assert [axes.get_title() for axes in figure.axes] == [
-        "classification branch", "localization branch"] * 2
-    assert all(len(axes.collections[0].get_offsets()) == 24 for axes in figure.axes)
-    assert figure.get_suptitle().count("points 0.75 half sizes from the centre") == 2
+    check_png(tmp_path / "a.png", figure)
+    for axes, task in zip(figure.axes, ("classification", "localization"), strict=True):
+        assert axes.get_title().startswith(f"{task} branch\npoints 0.75 half sizes from the centre")
+        assert f"mean of {len(target.boxes)} objects" in axes.get_title()
+        assert len(axes.collections[0].get_offsets()) == 24
+    assert "sampling point of large weight" in legend_of(figure)
 
 
 def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
     """Against the gradients at s = .01, u = .9, worked out one entry at a time."""
     figure = pictures.aligned_targets(tmp_path / "a.png")
-    check_png(tmp_path / "a.png")
-    pulls = []
-    for loss, wanted in ((criterion.focal_loss, 1.0), (tal_loss.tal_loss, 0.01**0.25 * 0.9**0.75)):
+    check_png(tmp_path / "a.png", figure)
+    pulls, focal = [], functools.partial(torchvision.ops.sigmoid_focal_loss, reduction="sum")
+    for loss, wanted in ((focal, 1.0), (tal_loss.tal_loss, 0.01**0.25 * 0.9**0.75)):
         z = torch.tensor([[0.01]], dtype=torch.float64).logit().requires_grad_()
         loss(z, torch.full_like(z, wanted)).backward()
         pulls.append(-z.grad.item())
@@ -258,10 +321,11 @@ def test_a_missing_run_is_named_with_the_command_that_makes_it(tmp_path):
 def test_committed_pictures_are_small_and_all_shown():
     text = (ROOT / "docs" / "pictures.md").read_text()
     assert {path.name for path in PICTURES} == set(re.findall(r"\(pictures/(\w+\.png)\)", text))
-    assert all(path.stat().st_size <= 60_000 for path in PICTURES)
-    assert sum(path.stat().st_size for path in PICTURES) <= 350_000
+    assert all(path.stat().st_size <= 130_000 for path in PICTURES)
+    assert sum(path.stat().st_size for path in PICTURES) <= 600_000
     for path in PICTURES:
-        check_png(path)
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width in (800, 1600)
 
 
 # ---- the pages ----
@@ -273,7 +337,8 @@ def pages(tmp_path_factory):
 
 
 def test_there_is_a_page_for_every_file_and_every_link_leads_somewhere(pages):
-    assert set(pages) == {"index", *ORDER, "train", "eval", *(path.stem for path in DOCS)}
+    guides = {path.stem for path in DOCS} & set(load("browse").GUIDES)
+    assert set(pages) == {"index", *MODULES, "train", "eval", *guides}
     ids = {path.name: set(re.findall(r' id="([^"]+)"', path.read_text()))
            for path in pages.values()}
     for path in pages.values():
@@ -294,12 +359,12 @@ def test_no_page_fetches_anything(pages):
                              path.read_text())
 
 
-@pytest.mark.parametrize("name", [*ORDER, "train", "eval"])
+@pytest.mark.parametrize("name", [*MODULES, "train", "eval"])
 def test_a_page_holds_all_of_its_file(pages, name):
     """Every line of code, every docstring from its first to its last word."""
     page = pages[name].read_text()
     text = squeezed(html.unescape(re.sub(r"<[^>]+>", "", page)))
-    source = (ROOT / ("" if name in ("train", "eval") else "detr_min") / f"{name}.py").read_text()
+    source = (ROOT / f"{MODULES.get(name, name).replace('.', '/')}.py").read_text()
     said = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
