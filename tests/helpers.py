@@ -3,7 +3,8 @@ import math
 
 import torch
 
-from detr_min import attention, proposals
+from detr_min import attention, boxes, proposals
+from detr_min.data import dataset
 
 EXACT = dict(atol=1e-12, rtol=0)        # what float64 leaves of two ways to the same number
 
@@ -95,3 +96,24 @@ def reordered(queries, order):
     """The same queries, in another order."""
     return proposals.Queries(queries.content[:, :, order], queries.pos[:, :, order],
                              queries.ref_boxes[:, order], None)
+
+
+def two_pictures():
+    """A red and a green rectangle in one image, a blue one in the other; 64 x 64 pixels.
+
+    Returns images, is_pad, [Target], as a detector and its loss want them.
+    """
+    two, one = torch.tensor([[.3, .3, .4, .3], [.7, .75, .3, .4]]), torch.tensor([[.6, .4, .5, .6]])
+    targets = [dataset.Target(torch.tensor([0, 1]), two, 0, (64, 64)),
+               dataset.Target(torch.tensor([2]), one, 1, (64, 64))]
+    images = torch.zeros(2, 3, 64, 64)
+    for image, target in zip(images, targets):
+        corners = (boxes.to_xyxy(target.boxes) * 64).round().int().tolist()
+        for label, (x0, y0, x1, y1) in zip(target.labels, corners):
+            image[label, y0:y1, x0:x1] = 2
+    return images, torch.zeros(2, 64, 64, dtype=torch.bool), targets
+
+
+def emptied(target):
+    """A Target without its objects."""
+    return target._replace(labels=target.labels[:0], boxes=target.boxes[:0])

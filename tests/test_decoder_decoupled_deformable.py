@@ -1,15 +1,15 @@
-"""SD-DETR's claims as tests: one self-attention, a cross-attention for each task [SD Eq. 3].
+"""SD-DETR on deformable attention: one self-attention, a cross-attention for each task [SD Eq. 3].
 
-Everything in float64, on two feature levels.
+Everything in float64, on two feature levels; the second image is padded.
 """
 import pytest
 import torch
 from torch.testing import assert_close
 
 import helpers
-from detr_min import boxes, decoder_base
+from detr_min import boxes, decoder_base, query_gen
 from detr_min import decoder_decoupled_deformable as decoupled
-from helpers import EXACT, padded_memory, reordered, shaken
+from helpers import EXACT, memory_of, padded_memory, reordered, shaken
 
 SHAPE = dict(d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48)
 SIZES = dict(num_layers=3, num_classes=3, **SHAPE)
@@ -227,3 +227,57 @@ def test_parameters_at_the_size_of_the_paper():
     assert count(split) - count(base) == 6 * count(layer)
     assert {k: v.shape for k, v in both.state_dict().items()} == {      # the C-pass owns nothing
         k: v.shape for k, v in ours.state_dict().items()}
+
+
+# --- its task-aware queries [SD Eq. 4-5] ----------------------------------------------------------
+
+def test_two_tasks_get_two_queries_from_one_anchor(generator):
+    """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box."""
+    memory = a_memory()
+    queries = shaken(decoupled.TaskAwareQueries(5, 32, 3, num_sets=2), generator)
+    out = queries(memory)
+    assert out.content.shape == out.pos.shape == (2, 2, 5, 32) and out.ref_boxes.shape == (2, 5, 4)
+    features = query_gen.region_features(memory, out.ref_boxes)
+    ref_boxes = out.ref_boxes.flatten(0, 1)
+    for task in range(2):
+        points = queries.predictors[task](features)
+        content, pos = query_gen.points_to_query(features, points, ref_boxes)
+        rank = queries.content[task].repeat(2, 1)       # DEVIATION: anchor n has learned content n
+        assert_close(out.content[task].flatten(0, 1), content + rank, **EXACT)
+        assert_close(out.pos[task].flatten(0, 1), pos, **EXACT)
+    assert (out.content[0] - out.content[1]).abs().max() > 1e-2
+
+
+def test_queries_start_at_the_most_objectlike_cells(generator):
+    """[SD Eq. 4]  R_box: the N proposals of highest logit 0, best first."""
+    memory = a_memory()
+    out = shaken(decoupled.TaskAwareQueries(5, 32, 3, num_sets=2), generator)(memory)
+    for b in range(2):
+        objectness = out.proposals.logits[b, :, 0].tolist()
+        best = sorted(range(len(objectness)), key=lambda cell: -objectness[cell])[:5]
+        assert_close(out.ref_boxes[b], out.proposals.boxes[b, best].detach(), atol=0, rtol=0)
+
+
+def test_anchors_get_no_gradient_points_and_features_do(generator):
+    """[SD Eq. 4-5]  The decoder's losses teach where to look in a box, not where the box is."""
+    memory = a_memory()
+    memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
+    queries = shaken(decoupled.TaskAwareQueries(5, 32, 3, num_sets=2), generator)
+    out = queries(memory)
+    assert not out.ref_boxes.requires_grad, "the anchors have a gradient"
+    (out.content.square().sum() + out.pos.square().sum()).backward()
+    assert all(p.grad is None for p in queries.mini_detector.parameters())
+    for predictor in queries.predictors:
+        for name, p in predictor.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, (
+                f"the points learn nothing: {name} of their predictor has gradient {p.grad}")
+    assert memory.tokens.grad.abs().max() > 0
+
+
+def test_fewer_cells_than_queries(generator):
+    """[SD Eq. 4]  A small image has S < N cells: every cell becomes a query, none twice."""
+    memory = memory_of([torch.randn(2, 32, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
+    out = decoupled.TaskAwareQueries(50, 32, 3, num_sets=2)(memory)
+    assert out.content.shape == (2, 2, 8, 32) and out.ref_boxes.shape == (2, 8, 4)
+    assert_close(out.ref_boxes.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)
+    assert out.content.isfinite().all() and out.pos.isfinite().all()

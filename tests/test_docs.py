@@ -5,22 +5,24 @@ import html
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageChops
 
 import eval as eval_program
 from detr_min import boxes, matcher, tal_loss
 from detr_min.data import dataset as data_sets
-from detr_min.data import transforms
-from detr_min.run import config, registry
+from detr_min.data import shapes, transforms
+from detr_min.run import checkpoints, config, registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = "", "release", "data", "run"
@@ -40,6 +42,12 @@ def load(name):
 
 
 pictures = load("pictures")
+TINY = dict(d_model=32, num_heads=4, num_points=2, d_ffn=32, decoder_layers=2, num_queries=8)
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    return registry.build(config.preset("shapes", model=name, **TINY)).eval()
 
 
 # ---- what the Markdown says ----
@@ -52,9 +60,12 @@ def anchors(path):
 
 
 def code_of(path):
-    """What a Markdown file sets as code: lines of blocks without their comments, then words."""
+    """What a Markdown file sets as code: lines of blocks without their comments, then words.
+
+    Blocks of Python and diffs are run by tests of their own.
+    """
     text = path.read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     return [line.split("  #")[0].strip() for line in "".join(blocks).splitlines()] + inline
 
@@ -112,14 +123,15 @@ def test_commands_have_flags_that_exist(path):
                     source = (ROOT / program).read_text()
                     assert all(f'"{word}"' in source for word in rest if word.startswith("--"))
                 for file in rest:
-                    assert "/" not in file or file.startswith("runs/") or (ROOT / file).exists()
+                    theirs = file.startswith(("runs/", "my_"))          # made by the reader
+                    assert "/" not in file or theirs or (ROOT / file).exists(), file
 
 
 def test_steps_and_exercises_of_the_reading_path_are_all_there():
     text = (ROOT / "docs/reading_path.md").read_text()
     assert len(text.splitlines()) <= 150
     steps = re.findall(r"^\| (\d+) \|.*?\|(.*?)\| (\d+) \|", text, re.M)
-    assert [int(step) for step, _, _ in steps] == list(range(1, 11))
+    assert [int(step) for step, _, _ in steps] == list(range(1, 12))
     files = {name for _, cell, _ in steps for name in re.findall(r"`(\w+)\.py`", cell)}
     papers = {path.stem for path in (ROOT / "detr_min").glob("*.py")} - {"__init__"}
     assert papers - {"decoder_decoupled_deformable"} <= files           # the port may be skipped
@@ -129,13 +141,140 @@ def test_steps_and_exercises_of_the_reading_path_are_all_there():
     assert sorted(numbers) == list(range(1, 14))
 
 
+# ---- the examples ----
+
+def blocks_of(name, kind):
+    """[(rest of the first line, text)] of the code blocks of one kind in a Markdown file."""
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    return re.findall(rf"^```{kind}\b ?(.*)\n((?:.*\n)*?)```", text, re.M)
+
+
+USE = dict(zip(("load", "torchvision", "torchmetrics", "supervision"),
+               (block for _, block in blocks_of("use", "python")), strict=True))
+
+
+@pytest.fixture
+def in_use(tmp_path, monkeypatch):
+    """A folder with a run of a detector that is sure of many things, and a photo. -> its names"""
+    detector = tiny("dac")
+    for head in detector.decoder.class_heads:
+        torch.nn.init.normal_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    cfg = config.preset("shapes", model="dac", size=64, **TINY)
+    run = tmp_path / "runs" / "dac_shapes"
+    run.mkdir(parents=True)
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(shapes.CLASSES)]
+    checkpoints.save(run / "last.pt", detector, torch.optim.SGD(detector.parameters()), cfg,
+                     categories, {})
+    shapes.draw(shapes.scene(0, "val", 0)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(USE["load"], names := {})
+    return names
+
+
+def test_the_detections_of_the_first_example(in_use, capsys):
+    found = in_use["found"]
+    k = len(found["names"])
+    assert k > 3 and found["boxes"].shape == (k, 4) and found["boxes"].dtype == torch.float32
+    assert found["labels"].dtype == torch.int64 and found["scores"].dtype == torch.float32
+    documented = re.findall(r"^\| `(\w+)` \| [(l]", (ROOT / "docs/use.md").read_text(), re.M)
+    assert sorted(documented) == sorted(found)
+
+
+def test_the_example_of_torchvision(in_use):
+    exec(USE["torchvision"], in_use)
+    with Image.open("drawn.png") as drawn, Image.open("photo.jpg") as photo:
+        assert drawn.size == photo.size
+        difference = ImageChops.difference(drawn, photo)
+        assert difference.point(lambda value: 255 * (value > 200)).getbbox()        # bright lines
+
+
+def test_the_example_of_torchmetrics(in_use, capsys):
+    """Also with the detections themselves as the objects, whose mAP is 1."""
+    pytest.importorskip("torchmetrics", reason="pip install torchmetrics")
+    exec(USE["torchmetrics"], in_use)
+    assert "tensor(" in capsys.readouterr().out
+    best = {key: in_use["found"][key][:1] for key in ("boxes", "labels", "scores")}
+    metric = in_use["MeanAveragePrecision"]()
+    metric.update([in_use["found"]], [best])
+    assert metric.compute()["map"] == 1
+
+
+def test_the_example_of_supervision(in_use):
+    supervision = pytest.importorskip("supervision", reason="pip install supervision")
+    exec(USE["supervision"], in_use)
+    detections, found = in_use["detections"], in_use["found"]
+    assert isinstance(detections, supervision.Detections)
+    torch.testing.assert_close(torch.tensor(detections.xyxy), found["boxes"])
+    torch.testing.assert_close(torch.tensor(detections.confidence), found["scores"])
+    assert detections.class_id.tolist() == found["labels"].tolist()
+    assert list(detections["class_name"]) == found["names"]
+
+
+def edited(text, diff):
+    """A source file with a hunk of a diff applied, which must fit one place."""
+    old, new = ("".join(f"{line[1:]}\n" for line in diff.splitlines() if line[:1] in kept)
+                for kept in (" -", " +"))
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
+
+
+def test_every_idea_builds_and_trains(tmp_path):
+    """A copy of the package with all edits of researcher.md takes a step with both decoders."""
+    shutil.copytree(ROOT / "detr_min", tmp_path / "detr_min")
+    for file, diff in blocks_of("researcher", "diff"):
+        path = tmp_path / file
+        path.write_text(edited(path.read_text(), diff))
+    [(_, code)] = blocks_of("researcher", "python")
+    (tmp_path / "detr_min" / "decoder_late.py").write_text(code)
+    (tmp_path / "step.py").write_text(f"""if True:
+        import torch
+        from detr_min import criterion
+        from detr_min.data import batches, dataset, transforms
+        from detr_min.run import config, registry
+        data = dataset.open_shapes("train", transforms.resize(64, 64), 2, size_px=64)
+        for model in ("dac", "late"):
+            cfg = config.preset("shapes", model=model, size=64, **{TINY!r})
+            detector, training = registry.build(cfg), registry.training(cfg)
+            images, is_pad, targets = batches.collate([data[0], data[1]])
+            objects = sum(len(target.labels) for target in targets)
+            output = detector(*training.inputs(images, is_pad, targets, 1, 0))
+            parts = training.loss(output, targets, objects)
+            criterion.total(parts).backward()
+            before = [p.clone() for p in detector.parameters()]
+            torch.optim.AdamW(detector.parameters()).step()
+            assert any((p != q).any() for p, q in zip(before, detector.parameters()))
+            if model == "dac":
+                assert detector.decoder.c_gates.grad.abs().min() > 0
+                assert parts["C"].pairs == 3 * parts["O"].pairs == 3 * objects
+            else:
+                used = [layer.self_attn.in_proj_weight.grad is not None
+                        for layer in detector.decoder.layers]
+                assert used == [False, True], used
+    """)
+    subprocess.run([sys.executable, "step.py"], cwd=tmp_path, check=True, timeout=120,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_gates_change_nothing_at_first(tmp_path, dataset, monkeypatch):
+    from detr_min import decoder_dac
+    source = (ROOT / "detr_min" / "decoder_dac.py").read_text()
+    for file, diff in blocks_of("researcher", "diff"):
+        source = edited(source, diff) if file.endswith("decoder_dac.py") else source
+    gated = {"__name__": "detr_min.decoder_gated", "__package__": "detr_min"}
+    exec(source, gated)
+    detector, image = tiny("dac"), dataset[0][0]
+    assert isinstance(detector.decoder, decoder_dac.DACDecoder)
+    _, plain, _ = pictures.answers(detector, image)
+    decoder = gated["DACDecoder"](2, 32, 4, 3, 2, 32, 4)
+    missing, unexpected = decoder.load_state_dict(detector.decoder.state_dict(), strict=False)
+    assert (missing, unexpected) == (["c_gates"], [])
+    detector.decoder = decoder.eval()
+    for ours, theirs in zip(pictures.answers(detector, image)[1], plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # ---- the pictures ----
-
-def tiny(name):
-    torch.manual_seed(0)
-    return registry.build(config.preset("shapes", model=name, d_model=32, num_heads=4, num_points=2,
-                                     d_ffn=32, decoder_layers=2, num_queries=8)).eval()
-
 
 @pytest.fixture(scope="module")
 def dataset():

@@ -255,7 +255,7 @@ def test_one_to_many_lets_a_query_gather_where_one_to_one_does_not():
     assert matcher.one_to_one(-quality)[0].tolist() == [0]
 
 
-# --- what students' answers taught the tests ------------------------------------------------------
+# --- wrong answers that were given ----------------------------------------------------------------
 
 def test_quality_of_the_less_likely_class_by_hand():
     """[DAC Eq. 4]  Both boxes are the objects', IoU = 1; the best class is not always theirs."""

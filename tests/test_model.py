@@ -1,13 +1,34 @@
-"""The detector as a whole: in half precision, and what torch makes of it when it is traced."""
+"""The detector as a whole: it learns two images by heart, in half precision, empty, and traced."""
 import pytest
 import torch
 from torch.testing import assert_close
 
+from detr_min import boxes, criterion, decoder_base, decoder_dac, matcher, model
 from detr_min.run import config, registry
+from helpers import emptied, two_pictures
 
-TINY = dict(d_model=32, num_heads=2, num_points=2, d_ffn=32, decoder_layers=2, num_queries=9)
-VARIANTS = [("dac", "two_stage"), *(pytest.param(*names, marks=pytest.mark.slow) for names in (
-    ("deformable", "learned"), ("decoupled", "task_aware"), ("split", "two_stage")))]
+TINY = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1, decoder_layers=2,
+            num_queries=8, num_classes=3)
+PRESETS = {"deformable": "shapes", "conditional": "shapes_conditional"}
+ALL = [(base, name, queries) for base in registry.DECODERS
+       for name in registry.DECODERS[base] for queries in registry.QUERIES[base]]
+
+
+def config_of(base, name, queries, loss="focal"):
+    return config.preset(PRESETS[base], model=name, queries=queries, loss=loss, **TINY)
+
+
+def a_detector(base, name, queries):
+    torch.manual_seed(0)
+    return registry.build(config_of(base, name, queries))
+
+
+def shaken(detector):
+    """Its weights off their start, so that no term is zero."""
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return detector
 
 
 def a_batch(seed):
@@ -18,29 +39,35 @@ def a_batch(seed):
     return images, is_pad
 
 
-def a_detector(name, queries):
-    """In eval mode; its weights off their start, so that no term is zero."""
-    torch.manual_seed(0)
-    detector = registry.build(config.preset("shapes", model=name, queries=queries, **TINY)).eval()
+# --- what forward puts together -------------------------------------------------------------------
+
+def test_the_c_decoder_runs_in_training_only():
+    """[DAC Fig. 2]  In eval mode DAC-DETR is the detector it is built on, bit for bit."""
+    detector, batch = shaken(a_detector("deformable", "dac", "two_stage")), a_batch(0)
     with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return detector
+        trained, tested = detector.train()(*batch), detector.eval()(*batch)
+    assert len(trained.c_decoder) == 2 and tested.c_decoder == []
+    base = decoder_base.Decoder(2, 32, 4, 3, 2, 64, 3)
+    base.load_state_dict(detector.decoder.state_dict())
+    assert isinstance(detector.decoder, decoder_dac.DACDecoder)
+    detector.decoder = base
+    with torch.no_grad():
+        answers = detector.train()(*batch), detector.eval()(*batch)
+    for answer in answers:
+        assert answer.c_decoder == []
+        assert_close(answer.o_decoder, tested.o_decoder, atol=0, rtol=0)
+        assert_close(answer.proposals, tested.proposals, atol=0, rtol=0)
 
 
-def assert_same(found, wanted):
-    assert len(found.o_decoder) == len(wanted.o_decoder) == 2 and not found.c_decoder
-    for one, other in zip(found.o_decoder, wanted.o_decoder):
-        assert_close(one.logits, other.logits, atol=1e-4, rtol=0)
-        assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
+# --- every combination ----------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("queries", registry.QUERIES)
-@pytest.mark.parametrize("name", registry.DECODERS)
+@pytest.mark.parametrize("base, name, queries", ALL)
 @torch.no_grad()
-def test_bf16_is_near_full_precision(name, queries):
-    """Every pair, both decoders. Proposals differ by rounding; the N best of them may be others."""
-    detector, batch = a_detector(name, queries).train(), a_batch(0)
+def test_bf16_is_near_full_precision(base, name, queries):
+    """Both decoders. Proposals differ by rounding; the N best of them may be others."""
+    detector, batch = shaken(a_detector(base, name, queries)).train(), a_batch(0)
+    for module in detector.modules():
+        module.training = module is detector or not isinstance(module, torch.nn.Dropout)
     with torch.autocast("cpu", torch.bfloat16):
         half = detector(*batch)
     full = detector(*batch)
@@ -53,22 +80,97 @@ def test_bf16_is_near_full_precision(name, queries):
     assert_close(one.boxes.float(), other.boxes, atol=.02, rtol=0)
 
 
-@pytest.mark.parametrize("name, queries", VARIANTS)
+@pytest.mark.parametrize("empty", ["one image", "whole batch"])
+@pytest.mark.parametrize("base, name, queries", ALL)
+def test_images_without_objects_are_a_normal_case(base, name, queries, empty):
+    """Finite losses and gradients, and every parameter has one: no process of many may lack any."""
+    images, is_pad, targets = two_pictures()
+    targets = [emptied(targets[0]), emptied(targets[1]) if empty == "whole batch" else targets[1]]
+    detector = a_detector(base, name, queries).train()
+    output = detector(images, is_pad)
+    for kind in registry.LOSSES:
+        loss = criterion.total(registry.training(config_of(base, name, queries, kind)).loss(
+            output, targets, 1.0))
+        assert loss.isfinite() and loss > 0, kind
+        detector.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=True)
+        for parameter_name, parameter in detector.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+
+
+STEPS = {"deformable": 60, "conditional": 120}
+OVERFIT = [("deformable", name, "two_stage", "focal") for name in registry.DECODERS["deformable"]
+           ] + [("deformable", "decoupled", "task_aware", "tal"),
+                ("deformable", "dac", "task_aware", "focal"),
+                ("deformable", "dac_release", "two_stage", "align"),
+                ("conditional", "conditional", "anchor_cells", "focal"),
+                ("conditional", "decoupled", "task_aware", "tal"),
+                ("conditional", "split", "task_aware", "focal")]
+
+
+@pytest.mark.parametrize("base, name, queries, kind", OVERFIT)
+def test_overfits_two_images(base, name, queries, kind):
+    """[DAC Fig. 2], [SD Fig. 3]  From pixels to boxes: if this fails, nothing else matters."""
+    images, is_pad, targets = two_pictures()
+    detector = a_detector(base, name, queries).train()
+    loss_of = registry.training(config_of(base, name, queries, kind)).loss
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    for _ in range(STEPS[base]):
+        output = detector(images, is_pad)
+        assert bool(output.c_decoder) == ("dac" in name)
+        loss = criterion.total(loss_of(output, targets, 3.0))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        output = detector.eval()(images, is_pad)
+    assert isinstance(output, model.Output) and output.c_decoder == []      # in training only
+    ious, scores = [], []
+    for logits, pred_boxes, target in zip(*output.o_decoder[-1], targets):
+        query_idx, gt_idx = matcher.one_to_one(
+            matcher.match_cost(logits, pred_boxes, target.labels, target.boxes))
+        wanted = target.labels[gt_idx]
+        assert logits[query_idx].argmax(-1).tolist() == wanted.tolist()
+        ious += boxes.paired_iou(pred_boxes[query_idx], target.boxes[gt_idx]).tolist()
+        scores += logits[query_idx, wanted].sigmoid().tolist()
+    assert min(ious) > .65 and sum(ious) / 3 > .8, ious
+    assert min(scores) > .3, scores
+
+
+# --- traced ---------------------------------------------------------------------------------------
+
+VARIANTS = [("deformable", "dac", "two_stage"), *(
+    pytest.param(*words, marks=pytest.mark.slow) for words in (
+        ("deformable", "deformable", "learned"), ("deformable", "decoupled", "task_aware"),
+        ("deformable", "split", "two_stage"), ("conditional", "conditional", "learned")))]
+
+
+def assert_same(found, wanted):
+    assert len(found.o_decoder) == len(wanted.o_decoder) == 2 and not found.c_decoder
+    for one, other in zip(found.o_decoder, wanted.o_decoder):
+        assert_close(one.logits, other.logits, atol=1e-4, rtol=0)
+        assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("base, name, queries", VARIANTS)
 @torch.no_grad()
-def test_export(name, queries):
+def test_export(base, name, queries):
     """torch.export, any batch size; the graph must not remember the images it was made with."""
-    detector, batch = a_detector(name, queries), torch.export.Dim("batch", max=64)
+    detector = shaken(a_detector(base, name, queries)).eval()
+    batch = torch.export.Dim("batch", max=64)
     exported = torch.export.export(detector, a_batch(0), strict=False,
                                    dynamic_shapes=({0: batch}, {0: batch})).module()
     images, is_pad = (torch.cat([one, other]) for one, other in zip(a_batch(1), a_batch(2)))
     assert_same(exported(images, is_pad), detector(images, is_pad))
 
 
-@pytest.mark.parametrize("name, queries", VARIANTS)
+@pytest.mark.parametrize("base, name, queries", VARIANTS)
 @torch.no_grad()
-def test_compile(name, queries):
+def test_compile(base, name, queries):
     """torch.compile in one graph, without a break; aot_eager needs no C++ compiler."""
-    detector = a_detector(name, queries)
+    detector = shaken(a_detector(base, name, queries)).eval()
     compiled = torch.compile(detector, backend="aot_eager", fullgraph=True)
     for seed in (0, 1):
         assert_same(compiled(*a_batch(seed)), detector(*a_batch(seed)))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchvision.ops.poolers import LevelMapper
 
 from detr_min import boxes, query_gen
-from helpers import EXACT, f64, memory_of, shaken
+from helpers import EXACT, f64, memory_of, padded_memory, shaken
 
 D = 16
 
@@ -155,51 +155,6 @@ def test_points_to_query_by_definition(generator):
         assert_close(pos[p], expected_pos, **EXACT)
 
 
-# --- the whole [SD Eq. 4-5] -----------------------------------------------------------------------
-
-def test_two_tasks_get_two_queries_from_one_anchor(padded, generator):
-    """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box."""
-    _, memory = padded
-    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)
-    out = queries(memory)
-    assert out.content.shape == out.pos.shape == (2, 2, 5, D) and out.ref_boxes.shape == (2, 5, 4)
-    features = query_gen.region_features(memory, out.ref_boxes)
-    ref_boxes = out.ref_boxes.flatten(0, 1)
-    for task in range(2):
-        points = queries.predictors[task](features)
-        content, pos = query_gen.points_to_query(features, points, ref_boxes)
-        rank = queries.content[task].repeat(2, 1)       # DEVIATION: anchor n has learned content n
-        assert_close(out.content[task].flatten(0, 1), content + rank, **EXACT)
-        assert_close(out.pos[task].flatten(0, 1), pos, **EXACT)
-    assert (out.content[0] - out.content[1]).abs().max() > 1e-2
-
-
-def test_queries_start_at_the_most_objectlike_cells(padded, generator):
-    """[SD Eq. 4]  R_box: the N proposals of highest logit 0, best first."""
-    _, memory = padded
-    out = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)(memory)
-    for b in range(2):
-        objectness = out.proposals.logits[b, :, 0].tolist()
-        best = sorted(range(len(objectness)), key=lambda cell: -objectness[cell])[:5]
-        assert_close(out.ref_boxes[b], out.proposals.boxes[b, best].detach(), atol=0, rtol=0)
-
-
-def test_anchors_get_no_gradient_points_and_features_do(padded, generator):
-    """[SD Eq. 4-5]  The decoder's losses teach where to look in a box, not where the box is."""
-    _, memory = padded
-    memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
-    queries = shaken(query_gen.TaskAwareQueries(5, D, 3, num_sets=2), generator)
-    out = queries(memory)
-    assert not out.ref_boxes.requires_grad, "the anchors have a gradient"
-    (out.content.square().sum() + out.pos.square().sum()).backward()
-    assert all(p.grad is None for p in queries.mini_detector.parameters())
-    for predictor in queries.predictors:
-        for name, p in predictor.named_parameters():
-            assert p.grad is not None and p.grad.abs().max() > 0, (
-                f"the points learn nothing: {name} of their predictor has gradient {p.grad}")
-    assert memory.tokens.grad.abs().max() > 0
-
-
 def spread_after_training(predict, features, steps=10):
     """Least distance between two points of a box after a few steps of AdamW on some loss."""
     optimizer = torch.optim.AdamW(predict.parameters(), lr=3e-3)
@@ -227,10 +182,67 @@ def test_points_stay_apart_and_where_they_start_equal_stay_equal(generator):
     assert (zero(features) - before).abs().max() > 1e-2             # and yet it did learn
 
 
+# --- the whole [SD Eq. 4-5] -----------------------------------------------------------------------
+
+WIDTH = 32
+
+
+def one_level():
+    """A single map of 6 x 8 cells; of the second image 3 x 5 are image."""
+    return padded_memory(WIDTH, [(6, 8)])
+
+
+def task_aware_queries(generator):
+    return shaken(query_gen.TaskAwareQueries(5, WIDTH, 3, num_sets=2), generator)
+
+
+def best_cells(proposals, is_pad):
+    """The 5 cells of highest score of any class, best first, padding left out. [(5,)]"""
+    for logits, pad in zip(proposals.logits.tolist(), is_pad.tolist()):
+        cells = [cell for cell in range(len(pad)) if not pad[cell]]
+        yield sorted(cells, key=lambda cell: -max(logits[cell]))[:5]
+
+
+def test_two_tasks_get_two_queries_from_one_anchor(generator):
+    """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box.
+
+    R_box are the boxes of the most object-like cells; the reference point is their centre.
+    """
+    memory, queries = one_level(), task_aware_queries(generator)
+    out = queries(memory)
+    assert out.content.shape == out.pos.shape == (2, 2, 5, WIDTH)
+    anchors = torch.stack([out.proposals.boxes[b, cells] for b, cells in enumerate(
+        best_cells(out.proposals, memory.is_pad))]).detach()                            # (2, 5, 4)
+    assert_close(out.ref_points, anchors[..., :2], atol=0, rtol=0)
+    features = query_gen.region_features(memory, anchors)
+    for task in range(2):
+        points = queries.predictors[task](features)
+        content, pos = query_gen.points_to_query(features, points, anchors.flatten(0, 1))
+        assert_close(out.content[task].flatten(0, 1), content, **EXACT)
+        assert_close(out.pos[task].flatten(0, 1), pos, **EXACT)
+        assert_close(out.spatial[task], out.pos[task], atol=0, rtol=0)
+    assert (out.content[0] - out.content[1]).abs().max() > 1e-2
+
+
+def test_anchors_get_no_gradient_points_and_features_do(generator):
+    """[SD Eq. 4-5]  The decoder's losses teach where to look in a box, not where the box is."""
+    memory, queries = one_level(), task_aware_queries(generator)
+    memory = memory._replace(tokens=memory.tokens.clone().requires_grad_())
+    out = queries(memory)
+    assert not out.ref_points.requires_grad, "the anchors have a gradient"
+    (out.content.square().sum() + out.pos.square().sum()).backward()
+    assert all(p.grad is None for p in queries.mini_detector.parameters())
+    for predictor in queries.predictors:
+        for name, p in predictor.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, (
+                f"the points learn nothing: {name} of their predictor has gradient {p.grad}")
+    assert memory.tokens.grad.abs().max() > 0
+
+
 def test_fewer_cells_than_queries(generator):
-    """[SD Eq. 4]  A small image has S < N cells: every cell becomes a query, none twice."""
-    memory = memory_of([torch.randn(2, D, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
-    out = query_gen.TaskAwareQueries(50, D, 3, num_sets=2)(memory)
-    assert out.content.shape == (2, 2, 8, D) and out.ref_boxes.shape == (2, 8, 4)
-    assert_close(out.ref_boxes.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)
+    """[SD Eq. 4]  The smaller image of the batch has 2 cells: they and 2 of the other's come."""
+    memory = padded_memory(WIDTH, [(3, 3)])
+    out = query_gen.TaskAwareQueries(50, WIDTH, 3, num_sets=2).double()(memory)
+    assert out.content.shape == (2, 2, 2, WIDTH) and out.ref_points.shape == (2, 2, 2)
+    assert len(out.ref_points[1].unique(dim=0)) == 2                    # none of them twice
     assert out.content.isfinite().all() and out.pos.isfinite().all()

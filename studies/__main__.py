@@ -1,0 +1,41 @@
+"""python -m studies                       # what there is
+python -m studies sd_detr                   # train what is missing, then table and plot
+python -m studies sd_detr --seeds 1         # fewer seeds
+python -m studies sd_detr --dry             # table and plot of the json files that are there
+
+A study's runs go to runs/studies/, its numbers to studies/results/NAME/*.json, its table to
+studies/results/NAME.md and its plot to studies/results/NAME.png. Flags that this program does not
+know go to train.py, such as --steps 20.
+"""
+import argparse
+
+from studies import harness, catalogue
+
+
+def main(argv=None):
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=catalogue.STUDIES)
+    parser.add_argument("--seeds", type=int, default=0, help="0: as many as the study asks for")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--dry", action="store_true", help="train nothing")
+    args, extra = parser.parse_known_args(argv)
+    if not args.study:
+        for study in catalogue.STUDIES.values():
+            print(f"{study.name:10} {study.question} ({len(study.variants)} variants, "
+                  f"{study.seeds} seeds)")
+        return
+    study = catalogue.STUDIES[args.study]
+    if not args.dry:
+        harness.run(study, args.seeds or study.seeds, extra, args.jobs)
+    text = harness.table(study)
+    print(text)
+    if harness.results(study):
+        (harness.RESULTS / f"{study.name}.md").write_text(text + "\n")
+        harness.plot(study, harness.RESULTS / f"{study.name}.png")
+
+
+if __name__ == "__main__":
+    main()
