@@ -26,7 +26,11 @@ except ModuleNotFoundError as missing:
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "detr_min"
 PROGRAMS = "train", "eval"                                  # read after the package
-GUIDES = {"reading_path": "Reading path", "glossary": "Glossary", "pictures": "Pictures"}
+FOLDERS = {"": "Files of the papers, in reading order", "release": "release: the authors' code",
+           "data": "data: pictures and boxes", "run": "run: training, testing, saving, loading"}
+GUIDES = {"reading_path": "Reading path", "glossary": "Glossary", "pictures": "Pictures",
+          "use": "Use", "researcher": "Your idea", "release": "Release",
+          "differences": "Differences", "troubleshooting": "Troubleshooting"}
 WRAPPED = 84            # a line of a formula at least this long was broken only by the editor
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -65,13 +69,25 @@ code, pre, .eq, .code { font: 12.5px/1.55 "DejaVu Sans Mono", Menlo, Consolas, m
 
 
 def reading_order():
-    """Names of the package's files as detr_min/__init__.py lists them, then the programs."""
-    doc = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text()))
-    return [*re.search(r"files above it:\n\n((?:    .+\n)+)", doc).group(1).split(), *PROGRAMS]
+    """Names of the files as the package's and its folders' docstrings list them, then programs.
+
+    Returns:
+        {name: path}, name without folder; no name is used twice
+    """
+    found = {}
+    for folder in FOLDERS:
+        tree = ast.parse((PACKAGE / folder / "__init__.py").read_text())
+        listed = re.search(r"\n\n((?:    .+\n)+)", ast.get_docstring(tree, clean=False)).group(1)
+        found |= {name: PACKAGE / folder / f"{name}.py"         # "(DAC-DETR)" is no file
+                  for name in re.sub(r"\(.*?\)", "", listed).split()}
+    return found | {name: ROOT / f"{name}.py" for name in PROGRAMS}
+
+
+SOURCES = reading_order()
 
 
 def source(name):
-    return (ROOT if name in PROGRAMS else PACKAGE) / f"{name}.py"
+    return SOURCES[name]
 
 
 def cut(text):
@@ -130,7 +146,8 @@ class Links:
 
     def word(self, word, here):
         """The href of a word between backticks, of a page's own or of another's names; or None."""
-        word = word.strip("`").removesuffix("()").removeprefix("detr_min/")
+        word = re.sub(r"^(detr_min[./])?((release|data|run)[./])?", "", word.strip("`"))
+        word = word.removesuffix("()")
         return self.anchors.get(word) or self.anchors.get(f"{here}.{word}")
 
     def in_words(self, text, here):
@@ -180,7 +197,8 @@ def typeset(doc, say):
     lines and spaces kept. Args, Returns, Raises become lists of names and meanings.
     """
     out = []
-    for block in re.split(r"\n[ ]*\n", doc) if doc else ():
+    doc = re.sub(r"\n(?=(Args|Returns|Raises|Yields|Differs):)", "\n\n", doc)
+    for block in re.split(r"\n[ \n]*\n", doc) if doc else ():
         lines = block.split("\n")
         if re.match(r"(Args|Returns|Raises|Yields|Differs):", lines[0]):
             out += listing(lines, say)
@@ -267,8 +285,15 @@ def index_page(links):
     out, equations = ["<main><h1>detr_min</h1><p>"], {}
     out.append(" · ".join(f'<a href="{name}.html">{title}</a>' for name, title in GUIDES.items()
                           if (ROOT / "docs" / f"{name}.md").exists()))
-    out.append("</p><h2>Files, in reading order</h2><ol>")
+    out.append("</p>")
+    folder = None
     for name in links.names:
+        here = source(name).parent.relative_to(ROOT).name.removeprefix("detr_min")
+        here = "programs" if name in PROGRAMS else here
+        if here != folder:
+            out.append("</ol>" * (folder is not None)
+                       + f"<h2>{FOLDERS.get(here, 'Programs')}</h2><ol>")
+            folder = here
         sections = cut(source(name).read_text())
         first = re.split(r"(?<=\.)\s(?!\d)", sections[0][1].replace("\n", " "))[0]
         out.append(f'<li><a href="{name}.html"><code>{name}.py</code></a> '
@@ -288,7 +313,7 @@ def index_page(links):
 
 def write(folder):
     """All pages into a folder. Returns their paths."""
-    names = reading_order()
+    names = list(SOURCES)
     links, folder = Links(names), pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     colours = [line for line in pycco_resources.css.split("\n") if line.startswith("body .")]
