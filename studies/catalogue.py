@@ -20,8 +20,8 @@ STUDIES = {study.name: study for study in (
     Study(
         name="sd_detr",
         question="What do SD-DETR's parts add on Conditional DETR?",
-        first="--preset shapes_conditional --seed 1000",
-        common="--preset shapes_conditional --slow_lr 0",
+        first="--preset shapes --model deformable --size 96 --seed 1000",
+        common="--preset shapes_conditional --slow_lr 0 --steps 1000",
         variants={
             "plain": "--model conditional --queries anchor_cells",
             "dfl": "--model decoupled --queries anchor_cells",

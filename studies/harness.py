@@ -78,13 +78,13 @@ def measure(study, variant, seed, folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     numbers = {name: metrics[name] for name in ("AP", "AP50", "AP75", "cpu_seconds", "steps",
                                                 "parameters", "train_AP")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()
+    tree = subprocess.run(["git", "rev-parse", "--short", "HEAD:detr_min"], cwd=ROOT, text=True,
+                          capture_output=True).stdout.strip()
     content = {"study": study.name, "variant": variant, "seed": seed,
                "flags": f"{study.common} {study.variants[variant]} --seed {seed}".split(),
                **numbers, "correlation": score_iou_correlation(model, val_set),
                "curve": [[line["step"], line["val"]["AP"]] for line in lines if "val" in line],
-               "commit": commit, "torch": torch.__version__, "torchvision": torchvision.__version__,
+               "tree_of_detr_min": tree, "torch": torch.__version__, "torchvision": torchvision.__version__,
                "python": platform.python_version()}
     path = RESULTS / study.name / f"{variant}_{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from detr_min import attention, boxes, proposals
+from detr_min import attention, boxes, proposals, proposals_conditional
 from detr_min.data import dataset
 
 EXACT = dict(atol=1e-12, rtol=0)        # what float64 leaves of two ways to the same number
@@ -117,3 +117,16 @@ def two_pictures():
 def emptied(target):
     """A Target without its objects."""
     return target._replace(labels=target.labels[:0], boxes=target.boxes[:0])
+
+
+def conditional_memory(D, shape=(4, 6)):
+    """A padded_memory of one level, with random positions of its cells."""
+    memory = padded_memory(D, [shape])
+    return memory._replace(pos=random(*memory.tokens.shape, seed=3))
+
+
+def conditional_queries(D, N):
+    """Two sets of random queries for two images; nothing equal in them, no content zero."""
+    points = torch.rand(2, N, 2, generator=torch.Generator().manual_seed(5),
+                        dtype=torch.float64) * .6 + .2
+    return proposals_conditional.Queries(*random(3, 2, 2, N, D, seed=4), points, None)
