@@ -1,7 +1,8 @@
-"""The release's loss, term by term, against plain loops written from its description alone.
+"""DAC-DETR as released: its assignment by hand, its loss term by term, its C-Decoder.
 
-39 terms: class, L1 and GIoU of six O layers, six C layers and the encoder; 36 more of denoising.
-Nothing of detr_min is called in the loops; scipy solves the assignment.
+The loss has 39 terms: class, L1 and GIoU of six O layers, six C layers and the encoder; 36 more of
+denoising. They are compared with plain loops written from the release's description alone: nothing
+of detr_min is called there, scipy solves the assignment.
 """
 import math
 
@@ -10,34 +11,108 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-from detr_min import boxes, criterion, decoder_dac, model
+from detr_min import boxes, criterion, decoder_dac, matcher
 from detr_min.data import dataset
-from detr_min.release import dac_release, denoising
-from detr_min.run import registry
+from detr_min.release import align_loss, dac_release, denoising
+from helpers import EXACT, f64, iou_and_giou, l1_distance, nudge_query_0, shaken, sigmoid
+from test_decoder_dac import SIZES, N, a_memory, some_queries
 
-ALIGN = criterion.CLASS_LOSSES["align"]
-LAYERS, N, C, CELLS = 6, 40, 5, 60
-
-
-# --- the description, in loops --------------------------------------------------------------------
-
-def sigmoid(z):
-    return 1 / (1 + math.exp(-z))
+LAYERS, QUERIES, C, CELLS = 6, 40, 5, 60
 
 
-def iou_and_giou(a, b):
-    """Of two cxcywh boxes."""
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
-        (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
-    both = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
-    either = a[2] * a[3] + b[2] * b[3] - both
-    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
-    return both / either, both / either - (hull - either) / hull
+# --- its assignment -------------------------------------------------------------------------------
+
+def released(quality, **arguments):
+    query_idx, gt_idx = dac_release.one_to_many(quality, **arguments)
+    assert query_idx.dtype == gt_idx.dtype == torch.int64
+    pairs = list(zip(query_idx.tolist(), gt_idx.tolist()))
+    assert pairs == sorted(pairs)
+    return pairs
 
 
-def l1_distance(a, b):
-    return sum(abs(x - y) for x, y in zip(a, b))
+def papers(quality):
+    """What the paper's reading assigns."""
+    return list(zip(*(index.tolist() for index in matcher.one_to_many(quality))))
 
+
+def test_forces_the_best_query_of_an_object_below_the_threshold():
+    """Case A: nothing passes .4, yet the single best query is assigned. Not so by the paper's."""
+    quality = torch.tensor([[.10], [.30], [.20]])
+    assert released(quality) == [(1, 0)] and papers(quality) == []
+
+
+def test_starves_an_object_whose_candidates_all_prefer_another():
+    """Case C: two objects that overlap, three candidates, all a little better for object 0."""
+    quality = torch.tensor([[.70, .60], [.65, .55], [.60, .50]])
+    assert released(quality) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_does_not_force_a_query_that_belongs_to_another_object():
+    """Case F: none passes for object 1, and its best query, q0, is object 0's: it gets none."""
+    quality = torch.tensor([[.50, .30], [.10, .05]])
+    assert released(quality) == [(0, 0)]
+
+
+def test_lets_a_query_serve_two_objects():
+    """Case H: object 1 owns q1 and q2, so it gets two queries, its two best: q0 and q1, not q2."""
+    quality = torch.tensor([[.70, .31, .30], [.54, .42, .40]]).T
+    assert released(quality) == [(0, 0), (0, 1), (1, 1)]
+    assert papers(quality) == [(0, 0), (1, 1), (2, 1)]                # by the paper's reading
+
+
+def test_without_its_random_cap():
+    """Case E: 100 objects with 5 good queries each. The release keeps 75 pairs, and 45 objects go
+    without (or another number, by chance); here all 500 pairs stay, the same each time."""
+    quality = torch.zeros(500, 100)
+    quality[torch.arange(500), torch.arange(500) // 5] = 0.8
+    pairs = released(quality)
+    assert pairs == [(i, i // 5) for i in range(500)] == released(quality)
+
+
+def slow_one_to_many(quality, threshold, k):
+    """The release's steps, without its random cap: one query and one object at a time."""
+    N, M = quality.shape
+    q = quality.tolist()
+    owner = [max(range(M), key=lambda j: (q[i][j], -j)) for i in range(N)]                  # 1
+    positive = {i for i in range(N) if q[i][owner[i]] >= threshold}                         # 2
+    for j in range(M):
+        positive.add(max(range(N), key=lambda i: (q[i][j], -i)))                            # 3
+    pairs = []
+    for j in range(M):
+        owned = sum(owner[i] == j for i in positive)                                        # 5
+        ranked = sorted(range(N), key=lambda i: (-q[i][j], i))
+        pairs += [(i, j) for i in ranked[:min(owned, k)]]                                   # 6
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (3, 2), (5, 7), (12, 3), (40, 5), (200, 4)])
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_one_to_many_by_definition(N, M, steps):
+    """Fewer queries than k, more objects than queries, ties, qualities on the threshold."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        quality = torch.randint(steps + 1, (N, M), generator=g).double() / steps
+        for threshold, k in ((0.4, 6), (0.75, 2), (0.99, 1)):
+            pairs = released(quality, threshold=threshold, k=k)
+            assert pairs == slow_one_to_many(quality, threshold, k)
+    assert released(quality) == slow_one_to_many(quality, 0.4, 6)
+
+
+def test_equals_the_papers_reading_where_nothing_is_forced_or_claimed_twice():
+    """Objects apart, a good query for each: forcing and sharing change nothing."""
+    quality = torch.tensor([[.9, .0], [.5, .1], [.3, .0], [.0, .8], [.1, .41]])
+    assert released(quality) == papers(quality) == [(0, 0), (1, 0), (3, 1), (4, 1)]
+
+
+def test_without_objects_or_queries_is_empty():
+    assert released(torch.zeros(5, 0)) == [] == released(torch.zeros(0, 3))
+
+
+def test_ties_go_to_the_lower_index():
+    assert released(torch.full((500, 3), 0.5)) == [(i, 0) for i in range(6)]
+
+
+# --- its loss: the description, in loops ----------------------------------------------------------
 
 def hungarian(logits, pred, labels, gt):
     """cost = 2 (focal_pos - focal_neg) + 5 L1 - 2 GIoU -> [(query, object)]"""
@@ -52,7 +127,7 @@ def hungarian(logits, pred, labels, gt):
     return list(zip(*linear_sum_assignment(cost))) if gt else []
 
 
-def one_to_many(c_logits, o_boxes, labels, gt, threshold=.4, k=6):
+def pairs_in_loops(c_logits, o_boxes, labels, gt, threshold=.4, k=6):
     """C scores with O boxes; owner, threshold, forced best, c_m, top of the whole row."""
     score = [[.7 * iou_and_giou(box, target)[0] + .3 * sigmoid(z[label])
               for z, box in zip(c_logits, o_boxes)] for label, target in zip(labels, gt)]
@@ -111,12 +186,11 @@ def as_lists(predictions, targets):
 def slow_terms(output, targets, groups=0):
     """{("O", layer): (cls, l1, giou), ..., ("encoder", 0): ...}, and ("dn_O", layer) with groups"""
     Z, terms = max(1, sum(len(t.labels) for t in targets)), {}
-    for layer, (o, c) in enumerate(zip(output.o_decoder, output.c_decoder)):
-        o_images, c_images = as_lists(o, targets), as_lists(c, targets)
+    for layer, both in enumerate(zip(output.o_decoder, output.c_decoder)):
+        o_images, c_images = (as_lists(predictions, targets) for predictions in both)
         pairs = [hungarian(*image) for image in o_images]
         terms["O", layer] = ia_bce_l1_giou(o_images, pairs, Z, rank_weights=False)
-        pairs = [one_to_many(c_logits, o_boxes, labels, gt) for (c_logits, *_), (_, o_boxes, labels,
-                 gt) in zip(c_images, o_images)]
+        pairs = [pairs_in_loops(c[0], *o[1:]) for o, c in zip(o_images, c_images)]
         terms["C", layer] = ia_bce_l1_giou(c_images, pairs, 3 * Z, rank_weights=True)
     class_0 = [t._replace(labels=0 * t.labels) for t in targets]
     images = as_lists(output.proposals, class_0)
@@ -133,18 +207,31 @@ def slow_terms(output, targets, groups=0):
 
 # --- ours -----------------------------------------------------------------------------------------
 
+def our_loss(output, targets, num_objects):
+    """As run/registry.py puts it together for dac_release with align."""
+    parts = dac_release.detection_loss(output, targets, num_objects, align_loss.layer_loss)
+    return denoising.add_losses(parts, output, targets, num_objects, align_loss.layer_loss)
+
+
 def our_terms(output, targets):
-    """The same from criterion: a layer's terms are those of an Output of this layer alone."""
+    """A layer's terms are those of an Output of this layer alone."""
     Z, terms = float(max(1, sum(len(t.labels) for t in targets))), {}
     for layer in range(LAYERS):
         alone = output._replace(**{name: getattr(output, name)[layer:layer + 1] for name in (
             "o_decoder", "c_decoder", "o_denoised", "c_denoised")})
-        parts = criterion.detection_loss(alone, targets, Z, ALIGN, criterion.release_assignment)
+        parts = our_loss(alone, targets, Z)
         for ours, theirs in (("O", "O"), ("C", "C"), ("O_denoising", "dn_O"),
                              ("C_denoising", "dn_C"), ("encoder", "encoder")):
             if ours in parts:
                 terms[theirs, 0 if ours == "encoder" else layer] = parts[ours][:3]
     return terms
+
+
+def assert_same_terms(found, expected):
+    assert found.keys() == expected.keys()
+    for name, terms in expected.items():
+        assert_close(torch.stack(found[name]), f64(*terms), atol=1e-12, rtol=1e-6,
+                     msg=lambda m, name=name: f"{name}: {m}")
 
 
 def near(targets, num, generator, spread=.04):
@@ -186,10 +273,10 @@ def crowd(generator, objects):
 def everything(generator, targets, groups=0):
     """An Output of six layers, with denoising queries of `groups` groups."""
     most = max(len(t.labels) for t in targets)
-    o, c = ([near(targets, N, generator) for _ in range(LAYERS)] for _ in range(2))
+    o, c = ([near(targets, QUERIES, generator) for _ in range(LAYERS)] for _ in range(2))
     dn_o, dn_c = ([near(targets, 2 * most * groups, generator)
                    for _ in range(LAYERS * bool(groups))] for _ in range(2))
-    return model.Output(o, c, near(targets, CELLS, generator), dn_o, dn_c)
+    return denoising.Output(o, c, near(targets, CELLS, generator), dn_o, dn_c)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -198,14 +285,11 @@ def test_the_releases_39_loss_terms(seed):
     generator = torch.Generator().manual_seed(seed)
     targets = crowd(generator, (7, 0, 4))
     output = everything(generator, targets)
-    expected, found = slow_terms(output, targets), our_terms(output, targets)
-    assert sum(map(len, expected.values())) == 39 and found.keys() == expected.keys()
-    for name, terms in expected.items():
-        assert_close(torch.stack(found[name]), torch.tensor(terms).double(), atol=1e-12, rtol=1e-6,
-                     msg=lambda m, name=name: f"{name}: {m}")
-    whole = criterion.detection_loss(output, targets, 11.0, ALIGN, criterion.release_assignment)
+    expected = slow_terms(output, targets)
+    assert sum(map(len, expected.values())) == 39
+    assert_same_terms(our_terms(output, targets), expected)
     total = sum(sum(terms) for terms in expected.values())
-    assert_close(criterion.total(whole).item(), total, atol=0, rtol=1e-6)
+    assert_close(criterion.total(our_loss(output, targets, 11.0)).item(), total, atol=0, rtol=1e-6)
 
 
 def test_those_inputs_hold_what_the_release_is_special_in():
@@ -218,22 +302,19 @@ def test_those_inputs_hold_what_the_release_is_special_in():
         generator = torch.Generator().manual_seed(seed)
         targets = crowd(generator, (7, 0, 4))
         output = everything(generator, targets)
-        paper = criterion.paper_assignment(output, targets)
-        for layer, assigned in enumerate(criterion.release_assignment(output, targets)):
-            for b, (query_idx, gt_idx) in enumerate(assigned):
-                labels = targets[b].labels[gt_idx]
-                scores = output.c_decoder[layer].logits[b, query_idx, labels].sigmoid()
-                ious = boxes.paired_iou(output.o_decoder[layer].boxes[b, query_idx],
-                                        targets[b].boxes[gt_idx])
-                seen |= {"forced"} if (.3 * scores + .7 * ious < .4).any() else set()
+        for o, c in zip(output.o_decoder, output.c_decoder):
+            for logits, pred_boxes, target in zip(c.logits, o.boxes, targets):
+                quality = matcher.match_quality(logits.sigmoid(), pred_boxes, target.labels,
+                                                target.boxes)
+                query_idx, gt_idx = dac_release.one_to_many(quality)
+                labels = target.labels[gt_idx]
                 twice = (query_idx[:, None] == query_idx).triu(1)
                 alike = labels[:, None] == labels
+                seen |= {"forced"} if (quality[query_idx, gt_idx] < .4).any() else set()
                 seen |= {"twice, one class"} if (twice & alike).any() else set()
                 seen |= {"twice, two classes"} if (twice & ~alike).any() else set()
-                if len(query_idx) != len(paper[layer][b][0]):
-                    seen.add("other pairs than the paper's")
-    assert seen == {"twice, one class", "twice, two classes", "forced",
-                    "other pairs than the paper's"}
+                seen |= {"other pairs"} if papers(quality) != released(quality) else set()
+    assert seen == {"twice, one class", "twice, two classes", "forced", "other pairs"}
 
 
 def test_the_36_denoising_terms():
@@ -241,47 +322,34 @@ def test_the_36_denoising_terms():
     generator = torch.Generator().manual_seed(0)
     targets = crowd(generator, (4, 0, 3))
     output = everything(generator, targets, groups=3)
-    expected, found = slow_terms(output, targets, groups=3), our_terms(output, targets)
-    assert sum(map(len, expected.values())) == 75 and found.keys() == expected.keys()
-    for name, terms in expected.items():
-        assert_close(torch.stack(found[name]), torch.tensor(terms).double(), atol=1e-12, rtol=1e-6,
-                     msg=lambda m, name=name: f"{name}: {m}")
-    _, _, groups = denoising.to_restore(targets, 3 * 2 * 4)
-    assert groups == 3
-
-
-def test_boxes_of_a_few_pixels_are_not_rounded():
-    """GIoU without torchvision's 1e-7 in the denominators, which is much for 4 pixels of 1333."""
-    small = torch.tensor([[.5, .5, .003, .003]], dtype=torch.float64)
-    target = dataset.Target(torch.tensor([0]), small + .0005, 0, (1333, 1333))
-    predictions = boxes.Predictions(torch.zeros(1, 1, 1).double(), small[None])
-    pair = [(torch.tensor([0]), torch.tensor([0]))]
-    _, _, giou = criterion.layer_loss(predictions, pair, [target], ALIGN)
-    expected = 2 * (1 - iou_and_giou(small[0].tolist(), target.boxes[0].tolist())[1])
-    assert_close(giou.item(), expected, atol=0, rtol=1e-9)
+    expected = slow_terms(output, targets, groups=3)
+    assert sum(map(len, expected.values())) == 75
+    assert_same_terms(our_terms(output, targets), expected)
 
 
 def test_the_last_object_wins_a_query_claimed_twice_in_one_class():
     """Query 0 serves objects 0 and 1, both of class 2: object 1's target stays, the box gets both.
 
-    u = .5^.25 * IoU^.75 with IoU 1 and .5; each object has one pair, so w = 1.
+    u = s^.25 * IoU^.75 with IoU 1 and .5; each object has one pair, so w = 1.
     """
-    box = torch.tensor([[.5, .5, .4, .4]], dtype=torch.float64)
-    target = dataset.Target(torch.tensor([2, 2]), torch.cat([box, box]), 0, (64, 64))
-    target.boxes[1, 3] = .2
-    predictions = boxes.Predictions(torch.zeros(1, 1, 3).double(), box[None])
-    pairs = [(torch.tensor([0, 0]), torch.tensor([0, 1]))]
-    cls, l1, _ = criterion.layer_loss(predictions, pairs, [target], ALIGN)
-    assert_close(cls.item(), math.log(2) * (1 + .25 + .25))     # y ln 2 + (1 - y) ln 2, 2 negatives
-    assert_close(l1.item(), 5 * .2)
-    certain = predictions._replace(logits=torch.tensor([[[-9., -9., 2.]]], dtype=torch.float64))
-    cls, _, _ = criterion.layer_loss(certain, pairs, [target], ALIGN)
+    box, zeros = f64([.5, .5, .4, .4]), torch.tensor([0, 0])
+    pairs = criterion.Pairs(zeros, zeros, torch.tensor([0, 1]), torch.tensor([2, 2]),
+                            f64([.5, .5, .4, .4], [.5, .5, .4, .2]))
+    layer = boxes.Predictions(f64(-9, -9, 2)[None, None], box[None])
+    cls, l1, _ = align_loss.layer_loss(layer, pairs)
     p = sigmoid(2.)
     y = p ** .25 * .5 ** .75                                            # not p ** .25 * 1
     negatives = 2 * sigmoid(-9.) ** 2 * -math.log(1 - sigmoid(-9.))
     assert_close(cls.item(), -y * math.log(p) - (1 - y) * math.log(1 - p) + negatives)
-    keep = criterion.is_last_claim(torch.tensor([0, 0, 0, 1]), torch.tensor([2, 1, 2, 2]))
-    assert keep.tolist() == [False, True, True, True]           # same query and same class alone
+    assert_close(l1.item(), 5 * .2)
+
+
+def test_is_last_claim_by_hand():
+    """The first and third pair are one query and one class of one image: the third stays."""
+    image_idx, query_idx = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 0])
+    labels = torch.tensor([2, 1, 2, 2, 2])
+    pairs = criterion.Pairs(image_idx, query_idx, torch.arange(5), labels, torch.zeros(5, 4))
+    assert dac_release.is_last_claim(pairs).tolist() == [False, True, True, True, True]
 
 
 # --- the release's traps --------------------------------------------------------------------------
@@ -293,8 +361,7 @@ def test_batches_without_objects(objects):
     targets = crowd(generator, objects)
     output = everything(generator, targets, groups=1)
     leaves = [t.requires_grad_() for p in (*output.o_decoder, *output.c_decoder) for t in p]
-    parts = criterion.detection_loss(output, targets, 1.0, ALIGN, criterion.release_assignment)
-    total = criterion.total(parts)
+    total = criterion.total(our_loss(output, targets, 1.0))
     assert total.isfinite() and total > 0
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     assert all(g is None or g.isfinite().all() for g in gradients)
@@ -308,27 +375,64 @@ def test_any_number_of_queries_and_classes(num, classes):
     targets = [dataset.Target(torch.tensor([classes - 1]), box, 0, (64, 64))]
     layer = boxes.Predictions(torch.randn(1, num, classes, generator=generator),
                               torch.rand(1, num, 4, generator=generator) * .2 + .4)
-    parts = criterion.detection_loss(model.Output([layer], [layer], layer), targets, 1.0, ALIGN,
-                                     criterion.release_assignment)
+    parts = our_loss(denoising.Output([layer], [layer], layer), targets, 1.0)
     assert criterion.total(parts).isfinite() and parts["C"].pairs >= 1
 
 
-def test_a_crowd_is_assigned_the_same_way_twice():
-    """Beyond 75 positives the release draws; ours does not."""
+def test_a_model_without_c_decoder_has_the_other_terms():
     generator = torch.Generator().manual_seed(0)
-    targets = crowd(generator, (30,))
-    layer = near(targets, 300, generator, spread=.01)
-    output = model.Output([layer], [layer], None)
-    (first,), (second,) = (criterion.release_assignment(output, targets) for _ in range(2))
-    assert_close(first, second)
-    assert len(first[0][0]) > 75
+    targets = crowd(generator, (2,))
+    layer = near(targets, 9, generator)
+    assert list(our_loss(denoising.Output([layer], [], layer), targets, 2.0)) == ["O", "encoder"]
 
 
 # --- its decoder ----------------------------------------------------------------------------------
 
-def test_release_decoder_is_the_papers_but_for_the_start():
-    """Same weights, same O-Decoder; registered as dac_release, with its assignment."""
-    assert registry.DECODERS["dac_release"] is dac_release.DACReleaseDecoder
-    assert criterion.C_ASSIGNMENTS == {"dac_release": criterion.release_assignment}
-    assert issubclass(dac_release.DACReleaseDecoder, decoder_dac.DACDecoder)
-    assert "o_decoder" not in vars(dac_release.DACReleaseDecoder)
+@pytest.fixture
+def decoder(generator):
+    return shaken(dac_release.DACReleaseDecoder(**SIZES), generator)
+
+
+def test_layer_1_is_the_same_in_both_decoders_and_layer_2_is_not(decoder):
+    """Bit for bit, as measured on the release; so one prediction gets labels of both kinds."""
+    queries, memory = some_queries(), a_memory()
+    o, c = decoder.o_decoder(queries, memory), decoder.c_decoder(queries, memory)
+    assert_close(o[0], c[0], atol=0, rtol=0)
+    for layer in (1, 2):
+        assert (o[layer].logits - c[layer].logits).abs().amax(-1).min() > 1e-3
+
+
+def test_c_decoder_by_definition(decoder):
+    """c_1 = gather(disperse(q)), then gather alone; references of its own from layer 1 on."""
+    queries, memory = some_queries(), a_memory()
+    x, pos, ref = queries.content[0], queries.pos[0], queries.ref_boxes
+    x = decoder.layers[0].disperse(x, pos)
+    for layer, class_head, box_head, found in zip(
+            decoder.layers, decoder.class_heads, decoder.box_heads,
+            decoder.c_decoder(queries, memory)):
+        x = layer.gather(x, pos, ref, memory)
+        ref = torch.sigmoid(torch.logit(ref) + box_head(x))
+        assert_close(tuple(found), (class_head(x), ref), **EXACT)
+
+
+def test_the_o_decoder_and_the_weights_are_the_papers(decoder):
+    queries, memory = some_queries(), a_memory()
+    paper = decoder_dac.DACDecoder(**SIZES).double()
+    paper.load_state_dict(decoder.state_dict())
+    assert_close(decoder.o_decoder(queries, memory), paper.o_decoder(queries, memory),
+                 atol=0, rtol=0)
+
+
+def test_each_query_of_the_c_decoder_knows_of_all_unlike_the_papers(decoder):
+    """Through the first self-attention the nudge of query 0 reaches every query."""
+    for change in nudge_query_0(decoder.c_decoder, some_queries(), a_memory()):
+        assert (change > 1e-7).all()
+
+
+def test_the_c_decoder_respects_the_mask_at_its_start(decoder):
+    """Query 0 hidden from the others: nudging it moves it alone."""
+    is_blocked = torch.zeros(N, N, dtype=torch.bool)
+    is_blocked[1:, 0] = True
+    queries = some_queries()._replace(is_blocked=is_blocked)
+    for change in nudge_query_0(decoder.c_decoder, queries, a_memory()):
+        assert change[0] > 1e-3 and (change[1:] < 1e-12).all()
