@@ -1,14 +1,15 @@
-"""Contrastive denoising queries: layout, noise, the mask by hand, and that nobody peeps."""
+"""Contrastive denoising queries [DINO Sec. 3.3]: layout, noise, the mask by hand, nobody peeps."""
 import pytest
 import torch
-from test_criterion import emptied, two_pictures
 from torch import nn
 from torch.testing import assert_close
 
 from detr_min import boxes, criterion, proposals
 from detr_min.data import dataset
-from detr_min.release import denoising
+from detr_min.release import align_loss, denoising
 from detr_min.run import config, registry
+from helpers import emptied, two_pictures
+from test_criterion import slow_layer_loss
 
 SIZES = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1, decoder_layers=2,
              num_queries=8, num_classes=3, num_levels=3, dn_number=4)
@@ -21,14 +22,14 @@ def seeded(seed=0):
 def targets_(*objects, C=3):
     generator = seeded()
     return [dataset.Target(torch.randint(C, (M,), generator=generator),
-                        torch.rand(M, 4, generator=generator) * .3 + .35, i, (64, 64))
+                           torch.rand(M, 4, generator=generator) * .3 + .35, i, (64, 64))
             for i, M in enumerate(objects)]
 
 
 def detector_(name="dac", queries="two_stage", **sizes):
     torch.manual_seed(0)
     detector = registry.build(config.preset("shapes", model=name, queries=queries,
-                                         **{**SIZES, **sizes})).train()
+                                            **{**SIZES, **sizes})).train()
     with torch.no_grad():                   # off their initial values: box heads start at zero
         for parameter in (*detector.decoder.parameters(), *detector.queries.parameters()):
             parameter += .05 * torch.randn(parameter.shape)
@@ -60,24 +61,27 @@ def test_layout_without_noise_is_positives_then_negatives_in_each_group():
 def test_what_is_to_be_restored_by_hand():
     """Same batch: image 0's positives are slots 0, 1, 4, 5, image 1's 0 and 4; a copy a slot."""
     targets = targets_(2, 1)
-    copies, pairs, groups = denoising.to_restore(targets, 8)
+    pairs, groups = denoising.to_restore(targets, 8)
     assert groups == 2
-    assert [t.tolist() for t in pairs[0]] == [[0, 1, 4, 5], [0, 1, 2, 3]]
-    assert [t.tolist() for t in pairs[1]] == [[0, 4], [0, 1]]
-    assert copies[0].labels.tolist() == targets[0].labels.tolist() * 2
-    assert_close(copies[1].boxes, targets[1].boxes.expand(2, 4))
+    assert pairs.image_idx.tolist() == [0, 0, 0, 0, 1, 1]
+    assert pairs.query_idx.tolist() == [0, 1, 4, 5, 0, 4]
+    assert pairs.object_idx.unique().tolist() == [0, 1, 2, 3, 4, 5]         # each copy ranks alone
+    assert pairs.labels.tolist() == sum(([*t.labels.tolist()] * 2 for t in targets), [])
+    assert_close(pairs.boxes[:4], targets[0].boxes.repeat(2, 1))
+    assert_close(pairs.boxes[4:], targets[1].boxes.expand(2, 4))
 
 
 def test_a_positive_restores_the_object_it_was_made_of():
     """noisy_copies and to_restore agree on the layout, whatever the counts."""
     targets = targets_(3, 0, 5, 1)
     noisy = denoising.noisy_copies(targets, 3, seeded(), 23, label_noise=0, box_noise=0)
-    copies, pairs, groups = denoising.to_restore(targets, noisy.labels.shape[1])
+    pairs, groups = denoising.to_restore(targets, noisy.labels.shape[1])
     assert groups == noisy.num_groups == 4
-    for b, (query_idx, gt_idx) in enumerate(pairs):
-        assert len(query_idx) == groups * len(targets[b].labels)
-        assert_close(noisy.labels[b, query_idx], copies[b].labels[gt_idx])
-        assert_close(noisy.boxes[b, query_idx], copies[b].boxes[gt_idx])
+    assert pairs.image_idx.bincount().tolist() == [4 * 3, 0, 4 * 5, 4 * 1]
+    place = pairs.image_idx, pairs.query_idx
+    assert len(set(zip(*(index.tolist() for index in place)))) == 4 * 9         # no slot twice
+    assert_close(noisy.labels[place], pairs.labels)
+    assert_close(noisy.boxes[place], pairs.boxes)
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -152,15 +156,15 @@ def test_mask_without_denoising_queries_blocks_nothing():
 
 def test_prepend_puts_them_in_front():
     """Content is the label's embedding, 0 in empty slots; both sets of SD-DETR get the same."""
-    targets = targets_(2, 1)
+    detector, targets = detector_("decoupled"), targets_(2, 1)
     noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
-    label_embed, pos = nn.Embedding(4, 6), torch.randn(2, 8, 6)
-    plain = proposals.Queries(torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6),
+    plain = proposals.Queries(torch.randn(2, 2, 5, 32), torch.randn(2, 2, 5, 32),
                               torch.rand(2, 5, 4), None)
-    queries = denoising.prepend(noisy, plain, label_embed, pos)
+    queries = detector.prepend(noisy, plain)
+    pos, _ = detector.queries.embed(noisy.boxes)
     for one_set in range(2):
         content = queries.content[one_set]
-        assert_close(content[0, :8], label_embed.weight[noisy.labels[0]])
+        assert_close(content[0, :8], detector.label_embed.weight[noisy.labels[0]])
         assert (content[1, 1:8:2] == 0).all() and (content[1, 0:8:2] != 0).all()
         assert_close(queries.pos[one_set, :, :8], pos)
     assert_close(queries.content[:, :, 8:], plain.content)
@@ -230,33 +234,30 @@ def test_positions_and_references_come_from_the_noisy_boxes():
         assert_close(layers[0].boxes, noisy.boxes, atol=2e-5, rtol=0)   # logit clamps at 1e-5
 
 
-def test_a_noisy_box_has_the_position_that_any_query_with_this_box_has(monkeypatch):
+def test_a_noisy_box_has_the_position_that_any_query_with_this_box_has():
     """Noisy boxes set to the proposals of the same image: equal positions, slot by query."""
-    detector, (images, is_pad, targets), seen = detector_(), two_pictures(), []
-    run = detector.decoder.both_decoders
-    monkeypatch.setattr(detector.decoder, "both_decoders",
-                        lambda queries, memory: seen.append(queries) or run(queries, memory))
-    detector(images, is_pad)
-    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
-    detector(images, is_pad, noisy._replace(boxes=seen[0].ref_boxes))           # E = N = 8
-    assert_close(seen[1].pos[:, :, :8], seen[1].pos[:, :, 8:], atol=1e-5, rtol=0)
-    assert (seen[1].pos[0, 0, 0] - seen[1].pos[0, 0, 1]).abs().max() > .01
+    detector, (images, is_pad, targets) = detector_(), two_pictures()
+    queries = detector.queries(detector.encoder(detector.projections(detector.backbone(images)),
+                                                is_pad))
+    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)._replace(boxes=queries.ref_boxes)
+    both = detector.prepend(noisy, queries)                                     # E = N = 8
+    assert_close(both.pos[:, :, :8], both.pos[:, :, 8:], atol=1e-5, rtol=0)
+    assert (both.pos[0, 0, 0] - both.pos[0, 0, 1]).abs().max() > .01
 
 
 def test_without_denoising_there_is_no_label_embedding():
-    assert registry.build(config.preset("shapes")).label_embed is None
+    assert not hasattr(registry.build(config.preset("shapes")), "label_embed")
     assert detector_().label_embed.weight.shape == (4, 32)              # classes + 1, as released
 
 
 # --- losses ---------------------------------------------------------------------------------------
 
-def losses(detector, targets, kind="align"):
+def losses(detector, targets, layer_loss=align_loss.layer_loss):
     images, is_pad, _ = two_pictures()
-    noisy = denoising.noisy_copies(targets, 3, seeded(), 4)
-    output = detector(images, is_pad, noisy)
-    num_objects = max(1., float(sum(len(t.labels) for t in targets)))
-    return output, criterion.detection_loss(output, targets, num_objects,
-                                            criterion.CLASS_LOSSES[kind])
+    output = detector(images, is_pad, denoising.noisy_copies(targets, 3, seeded(), 4))
+    num_objects = float(sum(len(t.labels) for t in targets))
+    parts = criterion.detection_loss(output, targets, num_objects, layer_loss)
+    return output, denoising.add_losses(parts, output, targets, num_objects, layer_loss)
 
 
 def test_losses_of_both_decoders_are_there_and_normalised_by_all_copies():
@@ -264,24 +265,28 @@ def test_losses_of_both_decoders_are_there_and_normalised_by_all_copies():
     targets = two_pictures()[2]
     output, parts = losses(detector_(), targets)
     assert list(parts) == ["O", "C", "encoder", "O_denoising", "C_denoising"]
-    copies, pairs, _ = denoising.to_restore(targets, 8)
+    one, two = targets[1], targets[0]
+    by_hand = criterion.Pairs(                              # image 0: slots 0 1 4 5; image 1: 0 4
+        torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 1, 4, 5, 0, 4]), torch.arange(6),
+        torch.cat([two.labels, two.labels, one.labels, one.labels]),
+        torch.cat([two.boxes, two.boxes, one.boxes, one.boxes]))
     for name, layers in (("O_denoising", output.o_denoised), ("C_denoising", output.c_denoised)):
-        expected = sum(torch.stack(criterion.layer_loss(p, pairs, copies,
-                                                        criterion.CLASS_LOSSES["align"]))
-                       for p in layers) / (2 * 3)                       # G = 2, 3 objects
-        assert_close(torch.stack(parts[name][:3]), expected)
+        expected = sum(slow_layer_loss(layer, by_hand, "align") for layer in layers) / (2 * 3)
+        assert_close(torch.stack(parts[name][:3]).detach().double(), expected, atol=1e-4, rtol=0)
         assert parts[name].pairs == 6                                   # of 16 slots
 
 
 def test_negatives_and_empty_slots_learn_that_there_is_nothing():
     """Every class of theirs is pushed down; a positive's own is pulled up."""
     targets = two_pictures()[2]
-    output, parts = losses(detector_("deformable"), targets, "focal")
+    output, parts = losses(detector_("deformable"), targets, criterion.focal_loss)
     logits = output.o_denoised[-1].logits
     gradient, = torch.autograd.grad(parts["O_denoising"].cls, logits)
     positives = torch.zeros_like(logits, dtype=torch.bool)
-    for b, (query_idx, _) in enumerate(denoising.to_restore(targets, 8)[1]):
-        positives[b, query_idx, targets[b].labels.repeat(2)] = True
+    for slot, label in zip((0, 1, 4, 5), targets[0].labels.repeat(2)):
+        positives[0, slot, label] = True
+    for slot in (0, 4):
+        positives[1, slot, targets[1].labels] = True
     assert positives.sum() == 6
     assert (gradient[positives] < 0).all() and (gradient[~positives] > 0).all()
 
@@ -308,41 +313,21 @@ def test_images_without_objects_are_a_normal_case(name, queries, empty):
 def test_noise_is_restored_better_after_some_training():
     """Two images, 100 steps: the denoised boxes come closer than the noisy ones were."""
     torch.manual_seed(0)
-    detector = registry.build(config.preset("shapes", model="dac_release", **SIZES)).train()
+    cfg = config.preset("shapes", model="dac_release", loss="align", **{**SIZES, "dn_number": 20})
+    detector, training = registry.build(cfg).train(), registry.training(cfg)
     images, is_pad, targets = two_pictures()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     for step in range(100):
-        noisy = denoising.noisy_copies(targets, 3, seeded(step), 20)
-        parts = criterion.detection_loss(detector(images, is_pad, noisy), targets, 3.,
-                                         criterion.CLASS_LOSSES["align"])
+        output = detector(*training.inputs(images, is_pad, targets, step, 0))
         optimizer.zero_grad()
-        criterion.total(parts).backward()
+        criterion.total(training.loss(output, targets, 3.)).backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 1.)
         optimizer.step()
     noisy = denoising.noisy_copies(targets, 3, seeded(99), 40)
     with torch.no_grad():
         output = detector(images, is_pad, noisy)
-    copies, pairs, _ = denoising.to_restore(targets, noisy.labels.shape[1])
-    before, after = [], []
-    for b, ((query_idx, _), copy) in enumerate(zip(pairs, copies)):
-        before.append(boxes.paired_iou(noisy.boxes[b, query_idx], copy.boxes))
-        after.append(boxes.paired_iou(output.o_denoised[-1].boxes[b, query_idx], copy.boxes))
-    assert torch.cat(after).mean() > torch.cat(before).mean() + .05
-
-
-# --- presets and the training program -------------------------------------------------------------
-
-def test_presets():
-    """100 in the papers' recipes, none in the small ones; learned points take none."""
-    numbers = {name: config.preset(name).recipe.dn_number for name in config.PRESETS}
-    assert numbers == {"shapes": 0, "coco": 0, "paper_r50": 100, "paper_swin_l": 100,
-                       "paper_r50_24": 100, "paper_swin_l_24": 100, "release": 100}
-    for queries in ("learned", "task_aware"):
-        assert config.preset("paper_r50", queries=queries).recipe.dn_number == 0
-        with pytest.raises(ValueError, match=f"{queries} takes no denoising queries"):
-            config.preset("paper_r50", queries=queries, dn_number=100)
-
-
-def test_the_release_preset_is_paper_r50_with_the_releases_decoder_and_loss():
-    changes = {"preset": "release", "model": "dac_release", "loss": "align"}
-    assert config.preset("release") == config.preset("paper_r50", **changes)
+    pairs, _ = denoising.to_restore(targets, noisy.labels.shape[1])
+    place = pairs.image_idx, pairs.query_idx
+    before = boxes.paired_iou(noisy.boxes[place], pairs.boxes)
+    after = boxes.paired_iou(output.o_denoised[-1].boxes[place], pairs.boxes)
+    assert after.mean() > before.mean() + .05
