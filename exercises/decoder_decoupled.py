@@ -5,25 +5,24 @@
 """
 import torch  # noqa: F401
 from torch import nn  # noqa: F401
-from detr_min import attention, boxes, decoder_base, encoder, proposals, query_gen  # noqa: F401
+from detr_min import attention_conditional, boxes, decoder_conditional  # noqa: F401
+from detr_min import encoder, encoder_conditional, proposals  # noqa: F401
 
 
 class DecoderLayer:
-    # its other parts: detr_min/decoder_decoupled_deformable.py
+    # its other parts: detr_min/decoder_decoupled.py
 
-    def disperse(self, queries, query_pos, is_blocked=None):
+    def disperse(self, queries, query_pos):
         """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
-
-        What query i may not look at, (N, N), neither of its tokens may.
         """
         raise NotImplementedError(
             "exercise 7, decoder_decoupled.DecoderLayer.disperse: "
             "return what one self-attention over the tokens of both tasks makes of them")
 
-    def gather(self, queries, query_pos, ref_boxes, memory):
-        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)
+    def gather(self, queries, query_pos, spatial, memory):
+        """Split the tokens; each task reads the image on its own. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """

@@ -47,6 +47,16 @@ def functions_of(module):
     return [name.split(".")[1:] for name in catalogue.EXERCISES if name.split(".")[0] == module]
 
 
+def import_rows(node):
+    """An import statement as one row, or as several if that is too long."""
+    row, half = f"{ast.unparse(node)}  # noqa: F401", len(node.names) // 2
+    if len(row) <= 100 or not half or isinstance(node, ast.Import):
+        return [row]
+    parts = [ast.ImportFrom(node.module, names, 0)
+             for names in (node.names[:half], node.names[half:])]
+    return [row for part in parts for row in import_rows(part)]
+
+
 def imports(module, paths):
     """What a file needs that holds some of a module's functions: rows of import statements."""
     rows, tree, own = [], ast.parse(source_of(module)), set()
@@ -57,7 +67,7 @@ def imports(module, paths):
             outer = ".".join([*dotted.split(".")[:-node.level], *filter(None, [node.module])])
             node = ast.ImportFrom(outer, node.names, 0)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            rows.append(f"{ast.unparse(node)}  # noqa: F401")
+            rows += import_rows(node)
         own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
                 and isinstance(n.ctx, ast.Store) and isinstance(node, ast.Assign)}
         own |= {getattr(node, "name", None)}

@@ -114,3 +114,33 @@ def test_split_decoder_lets_nothing_through(split, generator):
                                  for name in ("content", "pos", "spatial")})
     for p, q in zip(predictions, plain.o_decoder(second, memory), strict=True):
         assert_close(p.boxes, q.boxes, atol=1e-12, rtol=0)
+
+
+# --- one layer by definition, graded in exercise 7 ------------------------------------------------
+
+def test_disperse_by_definition(decoupled, generator):
+    """[SD Eq. 3]  self-att(cat(Q_cls, Q_loc)): softmax(q k^T / sqrt d) v over 2N tokens, by heads."""
+    layer, (x, pos) = decoupled.layers[1], torch.randn(2, 2, 2 * N, D, generator=generator).double()
+    att = layer.self_attn
+    que, key = att.q_content(x) + att.q_pos(pos), att.k_content(x) + att.k_pos(pos)
+    val, read = att.v_proj(x), torch.zeros_like(x)
+    for h in range(H):
+        part = slice(h * D // H, (h + 1) * D // H)
+        scores = que[..., part] @ key[..., part].transpose(1, 2) / (D // H) ** .5
+        read[..., part] = scores.softmax(-1) @ val[..., part]
+    expected = layer.norm_self(x + att.out_proj(read))
+    assert_close(layer.disperse(x, pos), expected, atol=1e-12, rtol=0)
+
+
+def test_gather_by_definition(decoupled, generator):
+    """[SD Eq. 3]  cat(FFN_t(cross-att_t(Q_t))), each task with positions and width of its own."""
+    memory = helpers.conditional_memory(D)
+    x, pos, spatial = torch.randn(3, 2, 2 * N, D, generator=generator).double()
+    for layer in decoupled.layers[:2]:          # only the first layer's cross-attention reads pos
+        expected = []
+        for branch, part in ((layer.cls, slice(N)), (layer.loc, slice(N, None))):
+            read = branch.cross_attn(x[:, part], pos[:, part], spatial[:, part], memory)
+            y = branch.norm_cross(x[:, part] + read)
+            expected.append(branch.norm_ffn(y + branch.ffn(y)))
+        assert_close(layer.gather(x, pos, spatial, memory), torch.cat(expected, 1), atol=1e-12,
+                     rtol=0)

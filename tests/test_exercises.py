@@ -14,7 +14,6 @@ import sys
 import textwrap
 
 import pytest
-import torch
 
 from detr_min import boxes, criterion
 from detr_min.run import config, registry

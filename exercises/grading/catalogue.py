@@ -11,10 +11,9 @@ import textwrap
 from typing import NamedTuple
 
 FOLDERS = "detr_min", "detr_min.release"        # where `module` looks, in this order
-NAMED_OTHERWISE = {"decoder_decoupled": "decoder_decoupled_deformable"}     # exercise 7's module
 
 DAC = dict(model="dac")
-SD = dict(model="decoupled", queries="task_aware", loss="tal")
+SD = dict(name="shapes_sd", num_levels=1)
 ALIGN = dict(model="dac", loss="align")
 
 
@@ -24,7 +23,6 @@ def module(name):
     "align_loss" -> "detr_min.release.align_loss"; also of "align_loss.ranked_target".
     """
     name = name.split(".")[0]
-    name = NAMED_OTHERWISE.get(name, name)
     for folder in FOLDERS:
         if importlib.util.find_spec(f"{folder}.{name}"):
             return f"{folder}.{name}"
@@ -40,15 +38,12 @@ class Exercise(NamedTuple):
     """How one function is asked for and graded."""
     number: int         # in exercises/README.md
     todo: str           # what the stub's error tells the student to write
-    variant: dict       # the tiny detector that is trained through it, as fields of config.Config
+    variant: dict       # the tiny detector that is trained through it, for config.preset
     tests: list         # "test_matcher.py::test_quality_worked_by_hand", those by hand first
 
 
 def tests_of(file, names):
     return [f"{file}::{name}" for name in names.split()]
-
-
-SD_TESTS = f"test_{path('decoder_decoupled').name}"
 
 
 EXERCISES = {
@@ -109,16 +104,15 @@ EXERCISES = {
             test_look_forward_twice[c_decoder]""")),
     "decoder_decoupled.DecoderLayer.disperse": Exercise(
         7, "return what one self-attention over the tokens of both tasks makes of them", SD,
-        tests_of(SD_TESTS, """test_o_decoder_by_definition
-            test_tied_branches_and_equal_queries_are_the_baseline_layer
-            test_a_blocked_pair_is_blocked_for_both_tasks
-            test_the_tasks_talk_in_self_attention_and_only_there""")),
+        tests_of("test_decoder_decoupled.py", """test_disperse_by_definition
+            test_tied_branches_and_equal_queries_are_the_plain_decoder
+            test_permuting_the_queries_permutes_the_answers[decoupled]
+            test_each_task_trains_its_own_branch_of_the_last_layer""")),
     "decoder_decoupled.DecoderLayer.gather": Exercise(
         7, "return what each task's own branch makes of its half of the tokens", SD,
-        tests_of(SD_TESTS, """test_o_decoder_by_definition
-            test_c_decoder_by_definition
-            test_boxes_are_read_off_localization_and_classes_off_classification
-            test_tied_branches_and_equal_queries_are_the_baseline_layer
+        tests_of("test_decoder_decoupled.py", """test_gather_by_definition
+            test_tied_branches_and_equal_queries_are_the_plain_decoder
+            test_permuting_the_queries_permutes_the_answers[decoupled]
             test_each_task_trains_its_own_branch_of_the_last_layer""")),
     "query_gen.points_to_query": Exercise(
         8, "return the mean feature and the mean position embedding of a box's points", SD,

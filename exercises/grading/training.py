@@ -48,8 +48,9 @@ def train(variant):
     {"O": [[(label, box, score) of the best query], one an object], "C": the same if there is one}
     """
     torch.manual_seed(0)
-    cfg = config.preset("shapes", d_model=32, num_heads=4, num_points=2, d_ffn=64, num_levels=3,
-                        encoder_layers=1, decoder_layers=2, num_queries=8, num_classes=3, **variant)
+    sizes = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, num_levels=3, encoder_layers=1,
+                 decoder_layers=2, num_queries=8, num_classes=3)
+    cfg = config.preset(**{"name": "shapes", **sizes, **variant})
     detector, (images, is_pad, targets) = registry.build(cfg).train(), two_pictures()
     loss_of = registry.training(cfg).loss
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
