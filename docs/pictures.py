@@ -236,9 +236,9 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
                                                               overlaps):
         show_grey(top, image, box)
         draw.frame(top, box, "white", "-")
-        draw.frame(top, box, "black", "--")
         for query, colour in zip(chosen, colours):
             draw.frame(top, pixels(pred_boxes[query], image), colour, "-")
+        draw.frame(top, box, "black", "--")
         top.set_title(f"{name}\n{(overlap[chosen] >= near).sum()} of {len(chosen)} queries near",
                       fontsize=9)
         zoom(top, box)
@@ -257,7 +257,8 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
         Line2D([], [], color="black", linestyle="--", linewidth=1.2, label="the object"),
         Line2D([], [], color=draw.colour_of(0), linewidth=1.8,
                label="box of a query; its colour\nis the same everywhere"),
-        Patch(color=draw.colour_of(0), alpha=0.3, label="pale bar: not near")],
+        Patch(color=draw.colour_of(0), alpha=0.3, label="pale bar: not near"),
+        Line2D([], [], color="grey", linewidth=0.6, linestyle=":", label=f"score {sure:g}")],
         loc="center", fontsize=8, frameon=False, title=f"near: IoU with the object ≥ {near:g}",
         title_fontsize=8)
     figure.suptitle(
