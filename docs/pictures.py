@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from detr_min import attention, boxes, criterion, matcher, tal_loss  # noqa: E402
 from detr_min.data import transforms  # noqa: E402
-from detr_min.run import checkpoints, draw, evaluate, sets  # noqa: E402
+from detr_min.run import checkpoints, draw, evaluate, looks, sets  # noqa: E402
 
 WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
@@ -161,6 +161,18 @@ LOOK_LEGEND = [
     Line2D([], [], color="#f0f921", markersize=8, **DOT, label="sampling point of large weight")]
 
 
+def last_looks(model, image):
+    """Logits and boxes of one image, and where the last layer's branches looked.
+
+    Returns:
+        (N, C); (N, 4); {"" or "cls" and "loc": what looks.sampling_points returns}
+    """
+    is_pad = torch.zeros(image.shape[1:], dtype=torch.bool)
+    logits, pred_boxes, calls = looks.last_calls(model, image, is_pad)
+    return logits, pred_boxes, {branch: looks.sampling_points(module, *args)
+                                for branch, (module, args) in calls.items()}
+
+
 def largest(target, number):
     """Indices of the largest objects of an image."""
     return target.boxes[:, 2:].prod(-1).argsort(descending=True, stable=True)[:number]
@@ -176,19 +188,18 @@ def matched(logits, pred_boxes, target):
 def layers_of_a_query(model, dataset, out_png, index=4):
     """(b) Where the query of an image's largest object looks, layer by layer, and its answers."""
     image, target = dataset[index]
-    is_pad = torch.zeros(image.shape[1:], dtype=torch.bool)
     seen = []
     for depth in range(1, len(model.decoder.layers) + 1):       # its last layer is layer `depth`
         shallow = copy.deepcopy(model)
         shallow.decoder.layers = shallow.decoder.layers[:depth]
-        seen.append(draw.last_looks(shallow, image, is_pad))
+        seen.append(last_looks(shallow, image))
     [gt] = largest(target, 1)
     query = matched(*seen[-1][:2], target)[gt]
     box = pixels(target.boxes[gt], image)
-    all_points = pixels(torch.cat([looks["cross_attn"][1][query] for *_, looks in seen]), image)
+    all_points = pixels(torch.cat([found[""][1][query] for *_, found in seen]), image)
     figure, row = picture_axes(len(seen), 3.2, image, box)
-    for layer, (axes, (logits, pred_boxes, looks)) in enumerate(zip(row, seen), start=1):
-        reference, points, weights = (t[query] for t in looks["cross_attn"])
+    for layer, (axes, (logits, pred_boxes, found)) in enumerate(zip(row, seen), start=1):
+        reference, points, weights = (t[query] for t in found[""])
         before, after = (boxes.iou(b[None], target.boxes[gt, None]).item()
                          for b in (reference, pred_boxes[query]))
         look(axes, image, reference, points, weights, pred_boxes[query])
@@ -309,29 +320,28 @@ def branches(model, dataset, out_png, index=2, num_images=NUM_IMAGES):
     distance to the object's centre in half sizes (1 = at its edge), and the share outside its box.
     """
     sums, pairs = {"cls": torch.zeros(2), "loc": torch.zeros(2)}, 0
-    is_pad = torch.zeros(dataset[index][0].shape[1:], dtype=torch.bool)
     for i in range(min(num_images, len(dataset))):
         image, target = dataset[i]
-        logits, pred_boxes, looks = draw.last_looks(model, image, is_pad)
+        logits, pred_boxes, found = last_looks(model, image)
         query_idx, box = matched(logits, pred_boxes, target), target.boxes[:, None]     # (M, 1, 4)
         pairs += len(query_idx)
         for task, total in sums.items():
-            _, points, weights = (t[query_idx] for t in looks[f"{task}.cross_attn"])
+            _, points, weights = (t[query_idx] for t in found[task])
             weights = weights / weights.sum(-1, keepdim=True)                       # (M, H*L*K)
             far = ((points - box[..., :2]) / (box[..., 2:] / 2)).abs().amax(-1)     # (M, H*L*K)
             total += torch.stack([(weights * far).sum(), (weights * (far > 1)).sum()])
     image, target = dataset[index]
-    logits, pred_boxes, looks = draw.last_looks(model, image, is_pad)
+    logits, pred_boxes, found = last_looks(model, image)
     [gt] = largest(target, 1)
     query, box = matched(logits, pred_boxes, target)[gt], pixels(target.boxes[gt], image)
-    found = {task: [t[query] for t in looks[f"{task}.cross_attn"]] for task in sums}
+    found = {task: [t[query] for t in found[task]] for task in sums}
     all_points = pixels(torch.cat([points for _, points, _ in found.values()]), image)
     figure, row = picture_axes(2, 4.8, image, box)
     for axes, (task, (reference, points, weights)) in zip(row, found.items()):
         look(axes, image, reference, points, weights, pred_boxes[query])
         zoom(axes, box, points=all_points)
         far, out = (sums[task] / pairs).tolist()
-        axes.set_title(f"{draw.BRANCHES[task]}\npoints {far:.2f} half sizes from the centre, "
+        axes.set_title(f"{looks.BRANCHES[task]}\npoints {far:.2f} half sizes from the centre, "
                        f"{out:.0%} of\ntheir weight outside the box (mean of {pairs} objects)",
                        fontsize=9)
     legend(figure, LOOK_LEGEND)

@@ -414,7 +414,7 @@ def test_branches_stand_side_by_side(tmp_path, dataset):
         for head in detector.decoder.box_heads:     # boxes stay where they are: at the object
             torch.nn.init.zeros_(head[-1].weight)
     image, target = dataset[0]
-    look = pictures.draw.last_looks
+    look = pictures.last_looks
 
     def at_the_object(*args):
         logits, pred_boxes, looks = look(*args)
@@ -424,11 +424,11 @@ def test_branches_stand_side_by_side(tmp_path, dataset):
             moved = (points - references[:, None, :2]) / references[:, None, 2:]
             looks[name] = near, moved * near[:, None, 2:] + near[:, None, :2], weights
         return logits * 0, near, looks
-    pictures.draw.last_looks = at_the_object
+    pictures.last_looks = at_the_object
     try:
         figure = pictures.branches(detector, dataset, tmp_path / "a.png", index=0, num_images=1)
     finally:
-        pictures.draw.last_looks = look
+        pictures.last_looks = look
     check_png(tmp_path / "a.png", figure)
     for axes, task in zip(figure.axes, ("classification", "localization"), strict=True):
         assert axes.get_title().startswith(f"{task} branch\npoints 0.75 half sizes from the centre")
