@@ -17,7 +17,7 @@ import sys
 import torch
 
 import detr_min
-from detr_min.run import draw, evaluate, predictor, sets
+from detr_min.run import draw, evaluate, looks, predictor, sets
 
 
 def parse(argv=None):
@@ -82,7 +82,7 @@ def draw_points(detector, args, out):
     for name, picture in readable(args.points):
         image, png = detector.network_image(picture), out / f"{name}.points.png"
         is_pad = torch.zeros(image.shape[1:], dtype=torch.bool)
-        draw.sampling_points(detector.model, image, is_pad, png, detector.names)
+        looks.where_it_looks(detector.model, image, is_pad, png, detector.names)
         print(png)
 
 

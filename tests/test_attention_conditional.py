@@ -25,7 +25,8 @@ def test_attention_map_is_what_forward_uses(kind, generator):
 
 def test_map_by_definition(generator):
     """[Conditional DETR Sec. 3.3]  exp((c_q.c_k + p_q.p_k) / sqrt(2D/H)), in loops."""
-    attend, memory = attention_conditional.ConditionalAttention(D, H).double(), helpers.conditional_memory(D)
+    attend = attention_conditional.ConditionalAttention(D, H).double()
+    memory = helpers.conditional_memory(D)
     content, pos, spatial = (t[0] for t in helpers.conditional_queries(D, N)[:3])
     weights, d = attend.attention_map(content, pos, spatial, memory), D // H
     c_q, p_q = attend.q_content(content), attend.q_spatial(spatial)

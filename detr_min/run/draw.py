@@ -1,25 +1,20 @@
-"""Pictures of a run: its curves, its detections, and where its last layer looks.
+"""Pictures of a run: its curves and its detections.
 
 Made through matplotlib's objects, without pyplot: no global state, no window. Each function writes
 a png and returns the Figure. Read after `evaluate.py`.
 """
 import colorsys
-import itertools
 import json
 import pathlib
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .. import attention, boxes
-from ..data import transforms
 from . import evaluate
 
 DPI = 120
 PART_COLOURS = {"loss": "black", "O": "tab:blue", "C": "tab:orange", "encoder": "tab:green",
                 "O_denoising": "tab:cyan", "C_denoising": "tab:olive"}
-BRANCHES = {"cls": "classification branch", "loc": "localization branch"}       # by module's name
 
 
 def colour_of(label):
@@ -83,65 +78,6 @@ def photo(picture, found, names, out_png):
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
     show(axes, picture)
     detections(axes, found, names)
-    return save(figure, out_png)
-
-
-def last_looks(model, image, is_pad):
-    """Logits (N, C) and boxes (N, 4) of one image, and where the last cross-attentions looked.
-
-    Each DeformableAttention's arguments are noted by a hook; its `look`, called again, tells the
-    rest: {name in the layer: references (N, 2|4), points (N, H*L*K, 2) in [0, 1] of the image
-    without padding, weights (N, H*L*K)}.
-    """
-    calls, looks = [], {}
-    modules = {name: module for name, module in model.decoder.layers[-1].named_modules()
-               if isinstance(module, attention.DeformableAttention)}
-    hooks = [module.register_forward_hook(lambda _, args, out, n=name: calls.append((n, args)))
-             for name, module in modules.items()]
-    device = next(model.parameters()).device
-    with evaluate.answering(model):
-        answer = model(image[None].to(device), is_pad[None].to(device)).o_decoder[-1]
-        for name, (queries, references, memory) in calls:
-            locations, weights = modules[name].look(queries, references, memory)
-            points = locations / memory.valid_ratios[:, None, None, :, None]        # undoes look's
-            looks[name] = references, points.flatten(2, 4), weights.flatten(2, 4)
-    for hook in hooks:
-        hook.remove()
-    return *(t[0].float().cpu() for t in answer), {
-        name: [t[0].float().cpu() for t in look] for name, look in looks.items()}
-
-
-def sampling_points(model, image, is_pad, out_png, names=None, num_queries=3):
-    """Where the last layer's cross-attention looks, for the queries of highest score.
-
-    A dot is a point of any head and level, larger and lighter the more it weighs. Dashed in white:
-    the reference the layer starts from; in colour: the box it answers with. image (3, h, w) is
-    normalised as ImageNet's, in is_pad (h, w) True = padding; two branches stand side by side.
-    """
-    logits, pred_boxes, looks = last_looks(model, image, is_pad)
-    score, label = logits.sigmoid().max(-1)                                         # (N,), (N,)
-    best = score.argsort(descending=True, stable=True)[:num_queries].tolist()
-    figure, grid = tiles(*((len(best), len(looks)) if len(looks) > 1 else (1, len(best))))
-    h, w = int((~is_pad[:, 0]).sum()), int((~is_pad[0]).sum())
-    std, mean = (torch.tensor(numbers)[:, None, None]
-                 for numbers in (transforms.STD, transforms.MEAN))
-    picture = ((image[:, :h, :w].cpu() * std + mean).clamp(0, 1) * 255).byte()
-    for axes, (query, name) in zip(grid, itertools.product(best, looks)):
-        reference, points, weight = (t[query] for t in looks[name])
-        branch = next((BRANCHES[p] for p in name.split(".") if p in BRANCHES), "cross-attention")
-        word = names[label[query]] if names else f"class {int(label[query])}"
-        axes.set_title(f"{branch}\n{word} {score[query]:.2f}", fontsize=9)
-        show(axes, picture)
-        order = weight.argsort()                                            # the heaviest on top
-        x, y = (points[order] * torch.tensor([w, h])).unbind(-1)            # pixels
-        axes.scatter(x, y, 4 + 50 * weight[order] / weight.max(), weight[order], cmap="plasma",
-                     edgecolors="black", linewidths=0.3)
-        if len(reference) == 2:                                             # a point, not a box
-            axes.plot(*(reference * torch.tensor([w, h])).tolist(), "w+", markersize=12)
-        for box, colour, style in ((reference, "white", "--"),
-                                   (pred_boxes[query], colour_of(int(label[query])), "-")):
-            if len(box) == 4:
-                frame(axes, boxes.to_xyxy(box) * torch.tensor([w, h, w, h]), colour, style)
     return save(figure, out_png)
 
 
