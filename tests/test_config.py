@@ -1,5 +1,6 @@
 """Flags, presets and their stored form."""
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_paper_r50_is_the_recipe_of_the_release():
     cfg, r = config.preset("paper_r50"), config.preset("paper_r50").recipe
     assert (r.num_queries, r.d_ffn, r.encoder_layers, r.decoder_layers) == (900, 2048, 6, 6)
     assert (cfg.lr, cfg.batch, cfg.epochs, cfg.size, r.max_size) == (2e-4, 16, 12, 800, 1333)
-    assert (r.clip, r.weight_decay, r.slow_lr, r.decay) == (0.1, 1e-4, 0.1, "step")
+    assert (r.clip, r.weight_decay, cfg.slow_lr, r.decay) == (0.1, 1e-4, 0.1, "step")
     assert (r.d_model, r.num_heads, r.num_levels, r.num_points, r.warmup) == (256, 8, 4, 4, 0)
 
 
@@ -34,10 +35,24 @@ def test_a_config_survives_being_stored():
     assert config.from_dict(dataclasses.asdict(cfg)) == cfg
 
 
-def test_a_stored_config_of_a_model_that_is_gone_is_refused():
+def test_stored_configs_that_no_run_can_have_are_refused():
+    """A model that is gone, a field that is gone, and one that is missing."""
     values = dataclasses.asdict(config.preset("coco"))
-    with pytest.raises(ValueError, match="--model dino is none of deformable"):
+    with pytest.raises(ValueError, match="--model dino: it must be one of deformable, "):
         config.from_dict({**values, "model": "dino"})
+    with pytest.raises(ValueError, match="another version of this package: .*mosaic"):
+        config.from_dict({**values, "mosaic": True})
+    with pytest.raises(ValueError, match="another version of this package: 'recipe'"):
+        config.from_dict({name: value for name, value in values.items() if name != "recipe"})
+
+
+def test_checkpoints_from_before_two_fields_were_flags_still_load():
+    """dn_number and slow_lr were stored with the recipe."""
+    cfg = config.preset("paper_r50")
+    values = dataclasses.asdict(cfg)
+    for name in ("dn_number", "slow_lr"):
+        values["recipe"][name] = values.pop(name)
+    assert config.from_dict(values) == cfg
 
 
 def test_the_command_line_has_one_flag_a_field():
@@ -83,12 +98,56 @@ def test_unknown_flags_abbreviations_and_nonsense_values_stop_the_program(words,
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_help_prints_every_field_with_its_comment(capsys):
+def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
     with pytest.raises(SystemExit):
         config.parse("doc", ["--help"])
-    text = capsys.readouterr().out
-    assert "AdamW's learning rate" in text
-    assert all(f.name in text for f in dataclasses.fields(config.Config))
+    words = " ".join(capsys.readouterr().out.split())
+    for field in config.FLAGS:
+        assert f"--{field.name} " in words and field.metadata["help"] in words, field.name
+    assert "the loss of class scores (one of focal, tal, align)" in words
+    assert "AdamW's learning rate, for this batch (a number from" in words
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--model", "dca"], "--model dca: it must be one of deformable, deformable_fixed, dac, "),
+    (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-300 to"),
+    (["--queries", "learned", "--dn_number", "5"],
+     "--queries learned takes no denoising queries, .*: add --dn_number 0"),
+    (["--preset", "paper_r50", "--coco", "x", "--queries", "learned"], "add --dn_number 0"),
+    (["--model", "conditional"], "--model conditional does not exist for preset shapes, which "
+                                 "stands on deformable attention: it must be one of deformable"),
+    (["--preset", "shapes_sd", "--model", "dac"], "--model dac does not exist for preset shapes_sd"
+                                                  ".* one of conditional, decoupled, split")])
+def test_a_refusal_says_what_is_accepted(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("doc", words)
+    assert stop.value.code == 2 and re.search(sentence, capsys.readouterr().err)
+
+
+def test_denoising_is_the_papers_and_not_the_small_presets():
+    """And learned or task-aware queries are refused it, unless told to do without."""
+    numbers = {name: config.preset(name).dn_number for name in config.PRESETS}
+    with_noise = {"paper_r50", "paper_swin_l", "paper_r50_24", "paper_swin_l_24", "release"}
+    assert {name: number for name, number in numbers.items() if number} == dict.fromkeys(
+        with_noise, 100)
+    for queries in ("learned", "task_aware"):
+        with pytest.raises(ValueError, match=f"{queries} takes no denoising queries"):
+            config.preset("paper_r50", queries=queries)
+        assert config.preset("paper_r50", queries=queries, dn_number=0).dn_number == 0
+
+
+def test_the_release_preset_is_paper_r50_with_the_releases_decoder_and_loss():
+    changes = {"preset": "release", "model": "dac_release", "loss": "align"}
+    assert config.preset("release") == config.preset("paper_r50", **changes)
+
+
+def test_resume_takes_no_other_flag_but_pause_and_device():
+    cfg, given = config.parse("doc", ["--resume", "runs/a", "--pause", "9", "--device", "cpu"])
+    assert config.check_resume(cfg, given) is cfg
+    with pytest.raises(ValueError, match="leave out --lr --steps"):
+        config.check_resume(*config.parse("doc", ["--resume", "a", "--lr", "1", "--steps", "2"]))
+    with pytest.raises(ValueError, match="--resume is empty"):
+        config.check_resume(*config.parse("doc", ["--resume", ""]))
 
 
 @pytest.mark.parametrize("name, epochs, drop_after", [

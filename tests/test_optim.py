@@ -55,3 +55,12 @@ def test_slow_parts_and_frozen_parts():
     slow_parts = [*net.backbone.parameters(), *net.sampling_offsets.parameters()]
     assert groups == [{id(p) for p in net.head.parameters()}, {id(p) for p in slow_parts}]
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_slow_parts_at_a_rate_of_0_stay_as_they_are():
+    """Not even weight decay moves them, and no gradient is computed for them."""
+    net = Net()
+    optimizer = optim.make_optimizer(net, config.preset("shapes", slow_lr=0.0))
+    slow = [*net.backbone.parameters(), *net.sampling_offsets.parameters()]
+    assert not any(p.requires_grad for p in slow) and optimizer.param_groups[1]["params"] == []
+    assert all(p.requires_grad for p in net.head.parameters())

@@ -4,6 +4,7 @@ The tables below are written from the published layouts, by hand; no line of the
 loader. Every tensor is random, so none can be mistaken for another.
 """
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,7 +15,6 @@ import torchvision.ops as ops
 
 import eval as program
 from detr_min.data import coco_folder, shapes
-from detr_min.release import published
 from detr_min.run import checkpoints, config, evaluate, registry
 
 D, FFN, N, LAYERS = 32, 48, 60, 2               # small; the release has 256, 2048, 900, 6
@@ -174,7 +174,7 @@ def test_full_size_files_give_the_preset_and_leave_no_tensor_unused(body, count,
     seen in every place of its tensor, so no memory is needed; its address tells which it is."""
     state = {key: torch.zeros(()).expand(shape)
              for key, shape in key_table("dac", body, 256, 2048, 900, 6).items()}
-    cfg, names, ours = published.convert(state)
+    cfg, names, ours = checkpoints.convert(state)
     assert cfg == config.preset(preset, model="dac_release", num_classes=91, batch=2)
     assert len(names) == 91 and len(ours) == len(state) - 56 == count - 56
     theirs = {tensor.data_ptr() for key, tensor in state.items() if not is_copy(key)}
@@ -223,7 +223,7 @@ def test_every_tensor_is_used_once(case, body, tmp_path):
     assert len(answer) == LAYERS
     assert answer[-1].logits.shape == (2, N, 91) and answer[-1].boxes.shape == (2, N, 4)
     assert all(t.isfinite().all() for layer in answer for t in layer)
-    again = registry.build(config.from_dict(checkpoints.dataclasses.asdict(cfg)))
+    again = registry.build(config.from_dict(dataclasses.asdict(cfg)))
     again.load_state_dict(detector.state_dict())                    # the config alone rebuilds it
     assert torch.equal(again.eval()(*padded_batch()).o_decoder[-1].boxes, answer[-1].boxes)
 
@@ -275,7 +275,7 @@ PLACES = {                              # by hand: theirs, ours; same shapes tha
 
 def test_tensors_are_where_they_belong():
     state = random_state(key_table("dac"))
-    _, _, ours = published.convert(state)
+    _, _, ours = checkpoints.convert(state)
     for key, name in PLACES.items():
         assert torch.equal(ours[name], state[key]), key
 
@@ -292,9 +292,9 @@ def test_fewer_cells_than_queries_is_handled(tmp_path):
 def test_queries_and_heads_that_no_shape_tells():
     """From the file's command line; without one, 300 queries and 8 heads."""
     state = random_state(key_table("two_stage"))
-    assert published.convert(state)[0].recipe.num_queries == 300
+    assert checkpoints.convert(state)[0].recipe.num_queries == 300
     args = argparse.Namespace(num_queries=70, nheads=4)
-    recipe = published.convert({"model": state, "args": args})[0].recipe
+    recipe = checkpoints.convert({"model": state, "args": args})[0].recipe
     assert (recipe.num_queries, recipe.num_heads, recipe.num_points) == (70, 4, 8)
 
 
@@ -312,7 +312,7 @@ def test_a_missing_key_is_refused_by_name(key):
     state = random_state(key_table("dac"))
     del state[key]
     with pytest.raises(ValueError, match=re.escape(key)):
-        published.convert(state)
+        checkpoints.convert(state)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -322,7 +322,7 @@ def test_a_missing_key_is_refused_by_name(key):
 def test_a_key_left_over_is_refused_by_name(case, key):
     state = {**random_state(key_table(case)), key: torch.ones(3)}
     with pytest.raises(ValueError, match=f"left over .*{re.escape(key)}"):
-        published.convert(state)
+        checkpoints.convert(state)
 
 
 @pytest.mark.parametrize("key", ["transformer.decoder.class_embed.2.bias",
@@ -331,7 +331,7 @@ def test_a_copy_that_differs_is_refused_by_name(key):
     state = random_state(key_table("dac"))
     state[key] = state[key] + 1e-3
     with pytest.raises(ValueError, match=f"1 unlike the tensor it copies .{re.escape(key)}"):
-        published.convert(state)
+        checkpoints.convert(state)
 
 
 @pytest.mark.parametrize("key", [
@@ -341,7 +341,7 @@ def test_a_wrong_shape_is_refused_by_name(key):
     state = random_state(key_table("dac"))
     state[key] = torch.cat([state[key], state[key]])
     with pytest.raises(ValueError, match=f"of another shape .*{re.escape(key)}"):
-        published.convert(state)
+        checkpoints.convert(state)
 
 
 TABLE = "backbone.0.body.layers.0.blocks.0.attn.relative_position_bias_table"
@@ -389,27 +389,27 @@ def test_strange_content_is_refused_in_a_sentence(case, program_part, tmp_path):
         if program_part == "load_model":
             checkpoints.load_model(tmp_path / "some.pth")
         else:
-            checkpoints.init_from(registry.build(config.preset("shapes")), [{"id": 1, "name": "cat"}],
-                                  tmp_path / "some.pth")
+            detector = registry.build(config.preset("shapes"))
+            checkpoints.init_from(detector, [{"id": 1, "name": "cat"}], tmp_path / "some.pth")
 
 
 @pytest.mark.parametrize("args", [None, "--nheads 4", 5])
 def test_a_command_line_of_another_kind_is_not_read(args):
     state = random_state(key_table("dac"))
-    assert published.convert({"model": state, "args": args})[0].recipe.num_heads == 8
+    assert checkpoints.convert({"model": state, "args": args})[0].recipe.num_heads == 8
 
 
 def test_what_served_training_only_may_be_there_or_not():
     state = random_state(key_table("dac", resnet_50))
     state["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(7)
-    assert published.convert(state)[0].recipe.dn_number == 100
+    assert checkpoints.convert(state)[0].dn_number == 100
     del state["label_enc.weight"]
-    cfg, _, ours = published.convert(state)
-    assert cfg.recipe.dn_number == 0 and "label_embed.weight" not in ours
+    cfg, _, ours = checkpoints.convert(state)
+    assert cfg.dn_number == 0 and "label_embed.weight" not in ours
     other = random_state(key_table("dac", classes=20))              # the release's label book
     other["label_enc.weight"] = torch.randn(92, D)                  # has 92 rows whatever it learns
-    cfg, names, ours = published.convert(other)
-    assert cfg.recipe.dn_number == 0 and "label_embed.weight" not in ours
+    cfg, names, ours = checkpoints.convert(other)
+    assert cfg.dn_number == 0 and "label_embed.weight" not in ours
     assert cfg.recipe.num_classes == 20 and names[3] == {"id": 3, "name": "class 3"}
 
 
@@ -470,9 +470,9 @@ def test_a_swin_backbone_starts_from_the_swin_repositorys_imagenet_file(tmp_path
     more = {"norm.weight": torch.ones(64), "head.bias": torch.ones(9),
             "layers.0.blocks.1.attn_mask": torch.ones(4, 9, 9)}
     torch.save({"model": {**backbone, **more}}, tmp_path / "swin.pth")
-    size = published.config_of(random_state(key_table("dac")), {}).recipe.swin
+    size = checkpoints.convert(random_state(key_table("dac")))[0].recipe.swin
     detector = registry.build(config.preset("paper_swin_l", swin=size, d_model=D, d_ffn=FFN,
-                                         encoder_layers=1, decoder_layers=1, num_queries=9))
+                                            encoder_layers=1, decoder_layers=1, num_queries=9))
     left = checkpoints.init_from(detector, [{"id": 1, "name": "cat"}], tmp_path / "swin.pth")
     norms = [f"backbone.norms.{i}.{kind}" for i in range(3) for kind in ("bias", "weight")]
     assert [name for name in left if name.startswith("backbone.")] == norms

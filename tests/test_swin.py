@@ -6,18 +6,16 @@ import torchvision
 from torch.testing import assert_close
 from torchvision.models import swin_transformer
 
+import helpers
 from detr_min.release import swin
+from helpers import EXACT
 
-EXACT = dict(atol=1e-12, rtol=0)
 TINY = dict(width=8, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=3)
 
 
-def randomise(module, seed=0):
-    """Random in every parameter: zeros and ones hide mistakes."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double().eval()
+def randomise(module):
+    """In eval mode: no path is dropped."""
+    return helpers.randomise(module).eval()
 
 
 # Windows
