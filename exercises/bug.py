@@ -20,8 +20,8 @@ def text_of(name):
     mutant = bank.BUGS[name]
     module, *path = mutant.function.split(".")
     rows = [f'"""Bug {name[4:]} of exercise 11: one line of this function is not as it was in',
-            f"{catalogue.path(module)}. Find it without looking there, mend it, and grade it with", "",
-            f"    pytest --mine {name}", '"""', *stubs.imports(module, [path]), "", ""]
+            f"{catalogue.path(module)}. Find it without looking there, mend it, and grade it with",
+            "", f"    pytest --mine {name}", '"""', *stubs.imports(module, [path]), "", ""]
     source = mutant.source()
     if path[:-1]:
         rows += [f"class {path[0]}:", f"    # its other parts: {catalogue.path(module)}", ""]

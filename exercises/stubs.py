@@ -63,7 +63,7 @@ def imports(module, paths):
     dotted = catalogue.module(module)
     package, _, name = dotted.rpartition(".")
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level:     # "from .. import" -> "from detr_min"
+        if isinstance(node, ast.ImportFrom) and node.level:     # "from .." -> "from detr_min"
             outer = ".".join([*dotted.split(".")[:-node.level], *filter(None, [node.module])])
             node = ast.ImportFrom(outer, node.names, 0)
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -119,7 +119,7 @@ def test_split_decoder_lets_nothing_through(split, generator):
 # --- one layer by definition, graded in exercise 7 ------------------------------------------------
 
 def test_disperse_by_definition(decoupled, generator):
-    """[SD Eq. 3]  self-att(cat(Q_cls, Q_loc)): softmax(q k^T / sqrt d) v over 2N tokens, by heads."""
+    """[SD Eq. 3]  self-att(cat(Q_cls, Q_loc)): softmax(q k^T / sqrt d) v over 2N tokens."""
     layer, (x, pos) = decoupled.layers[1], torch.randn(2, 2, 2 * N, D, generator=generator).double()
     att = layer.self_attn
     que, key = att.q_content(x) + att.q_pos(pos), att.k_content(x) + att.k_pos(pos)

@@ -107,7 +107,8 @@ MUTANTS = [
         ("each task among its own", "self.self_attn(queries, query_pos)",
          "torch.cat([self.self_attn(*half) for half in zip(queries.chunk(2, 1), "
          "query_pos.chunk(2, 1))], 1)"),
-        ("positions in the values", "self.self_attn(queries,", "self.self_attn(queries + query_pos,"),
+        ("positions in the values", "self.self_attn(queries,",
+         "self.self_attn(queries + query_pos,"),
         ("no residual", "queries + self.drop(", "self.drop("),
         ("no norm", "self.norm_self(", "(")),
     *of("decoder_decoupled.DecoderLayer.gather",
