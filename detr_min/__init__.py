@@ -19,7 +19,7 @@ Shapes use these letters:
     B  images                    N  queries             M  objects in an image    C  classes
     D  width of the model        H  attention heads     L  feature levels         K  sampling points
     S  cells of all levels       P  matched pairs       T  query sets (SD-DETR: 2, else 1)
-    h, w  height and width of an image or a feature level
+    E  denoising queries         G  groups of them      h, w  height and width of image or level
 
 Boxes are cxcywh in [0, 1] of the image unless a suffix says otherwise (`_xyxy`, `_px`). In masks
 called `is_pad`, True means padding.

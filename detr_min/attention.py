@@ -160,8 +160,8 @@ def ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_we
 def by_rows(value, spatial_shapes, locations, weights):
     """Compute `deformable_attention` as one weighted sum over rows of `value`.
 
-    A sampling point reads four cells, so a query and head read T = 4*L*K rows of the table that
-    `value` becomes, (B*S*H, D/H), each times bilinear share times attention weight.
+    A sampling point reads four cells, so a query and head read 4*L*K rows of the table that `value`
+    becomes, (B*S*H, D/H), each times bilinear share times attention weight.
 
     Arguments and result as there; the shapes must add up to S.
     """
@@ -207,7 +207,7 @@ def neighbours(position, size):
 
 
 class GatherSum(torch.autograd.Function):
-    """out[m] = sum_t share[m, t] * table[row[m, t]]: (R, d), (M, T) int32, (M, T) -> (M, d)
+    """Weighted sums of table rows:  out[i] = sum over j of share[i, j] * table[row[i, j]]
 
     F.embedding_bag computes the same, but its own backward is slow. Here the gradient of the shares
     is a sampled matrix product, and that of the table is the same weighted sum the other way round.
@@ -215,6 +215,7 @@ class GatherSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, table, row, share):
+        """(rows, d), (sums, terms) int32, (sums, terms) -> (sums, d)"""
         ctx.save_for_backward(table, row, share)
         return F.embedding_bag(row, table, mode="sum", per_sample_weights=share)
 
@@ -222,29 +223,29 @@ class GatherSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         table, row, share = ctx.saved_tensors
-        grad = grad.contiguous()                                                        # (M, d)
-        (M, T), R = row.shape, len(table)
+        grad = grad.contiguous()                                                    # (sums, d)
+        (sums, terms), rows = row.shape, len(table)
 
-        # d/d share[m, t] = grad[m] . table[row[m, t]], computed at the entries of a sparse (M, R)
-        padded = table if T <= R else F.pad(table, (0, 0, 0, T - R))    # torch: entries <= columns
-        ends = torch.arange(0, M * T + 1, T, dtype=torch.int32)
-        pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(), (M, len(padded)),
-                                          check_invariants=False)
+        # d/d share[i, j] = grad[i] . table[row[i, j]], at the entries of a sparse (sums, rows)
+        padded = F.pad(table, (0, 0, 0, max(terms - rows, 0)))      # torch wants terms <= columns
+        ends = torch.arange(0, sums * terms + 1, terms, dtype=torch.int32)
+        pattern = torch.sparse_csr_tensor(ends, row.flatten(), share.flatten(),
+                                          (sums, len(padded)), check_invariants=False)
         grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
 
-        # d/d table[r] = sum of share[m, t] * grad[m] over the entries with row[m, t] = r
-        pieces = 4 if M * T > 8 * R else 1          # four short sorts take less than a long one
-        grad_table, *rest = (scatter_sum(grad, r, s, R) for r, s in zip(
+        # d/d table[r] = sum of share[i, j] * grad[i] over the entries with row[i, j] = r
+        pieces = 4 if sums * terms > 8 * rows else 1    # four short sorts take less than a long one
+        grad_table, *rest = (scatter_sum(grad, r, s, rows) for r, s in zip(
             row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
         for part in rest:
             grad_table += part
-        return grad_table, None, grad_share.view(M, T)
+        return grad_table, None, grad_share.view(sums, terms)
 
 
-def scatter_sum(grad, row, share, R):
-    """Sum share[m, t] * grad[m] into table[row[m, t]]: (M, d), (M, T), (M, T) -> (R, d)"""
-    T, row = row.shape[1], row.flatten()
+def scatter_sum(grad, row, share, rows):
+    """Add share[i, j] * grad[i] to table[row[i, j]]. (sums, d), (sums, terms) x 2 -> (rows, d)"""
+    terms, row = row.shape[1], row.flatten()
     order = row.sort().indices                          # entries of row 0 first, then of row 1, ...
-    ends = F.pad(row.bincount(minlength=R).cumsum(0), (1, 0))
-    return F.embedding_bag(order // T, grad, ends, mode="sum", include_last_offset=True,
+    ends = F.pad(row.bincount(minlength=rows).cumsum(0), (1, 0))
+    return F.embedding_bag(order // terms, grad, ends, mode="sum", include_last_offset=True,
                            per_sample_weights=share.flatten().index_select(0, order))

@@ -94,7 +94,7 @@ class ConditionalAttention(MultiHead):
             queries    f  (B, N, D)  content
             query_pos  p  (B, N, D)  positional query of self-attention; only the first layer's
                                      attention reads it
-            spatial    e  (B, N, D)  spatial query, PE(reference) * T
+            spatial    e  (B, N, D)  spatial query, PE(reference) * scale
             memory                   a Memory with pos
         Returns:
             (B, N, D)

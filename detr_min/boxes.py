@@ -84,7 +84,7 @@ def sine(x, num_channels):
     """Embed a number in [0, 1] as sines and cosines of ever longer waves.
 
     [Attention Is All You Need 3.5]
-        PE(x)[2i] = sin(2 pi x / T^(2i/d)),  PE(x)[2i+1] = cos(2 pi x / T^(2i/d))      T = 10000
+        PE(x)[2i] = sin(2 pi x / 10000^(2i/d)),  PE(x)[2i+1] = cos(2 pi x / 10000^(2i/d))
 
     Args:
         x             (...)  in [0, 1] of image size

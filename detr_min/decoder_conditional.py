@@ -1,8 +1,8 @@
 """Conditional DETR's decoder, on which SD-DETR is built.
 
 [Conditional DETR Sec. 3; SD Eq. 1]. A query has a content f, a position p and a reference point r.
-Cross-attention looks around r, as far as a scale T, computed from the content, says. Nothing is
-refined: every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
+Cross-attention looks around r; a scale computed from the content says how far. Nothing is refined:
+every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
 it. Read `proposals_conditional.py` before.
 """
 import torch
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers, the scale T that they share, and the norm before the heads."""
+    """Layers, the network for their scales, and the norm before the heads."""
 
     def __init__(self, num_layers, d_model, num_heads, d_ffn, dropout=0.0):
         super().__init__()

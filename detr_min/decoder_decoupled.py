@@ -4,8 +4,8 @@
 token N + i for the box. `SplitDecoder`, whose tasks share nothing, is what the paper compares with
 [SD Eq. 2, Table 3]. Read `decoder_conditional.py` and `query_gen.py` before.
 
-The paper prints Eq. 3 and draws norms and FFN private to a branch. That T, the norm before the
-heads and the fixed reference are private, private and shared is our reading.
+The paper prints Eq. 3 and draws norms and FFN private to a branch. Our reading: scale and final
+norm are private too, and a pair has one reference, which stays where it is.
 """
 import torch
 from torch import nn

@@ -5,6 +5,7 @@ levels, and a reference box that the localization branch refines layer by layer.
 stand here too, `DACDecoupledDecoder`. Read `decoder_dac.py` and `decoder_decoupled.py` before.
 """
 import torch
+import torchvision.ops as ops
 from torch import nn
 
 from . import attention, boxes, decoder_base, encoder, proposals, query_gen
@@ -144,6 +145,51 @@ class SplitDecoder(nn.Module):
         return predictions
 
 
+def level_of(ref_boxes, memory):
+    """Choose the feature level that a box reads: coarser for larger boxes.
+
+    [Feature Pyramid Networks Eq. 1]  level = floor(log2(sqrt(w * h) / 14)), within 0 .. L-1,
+    w and h in cells of level 0. (14 cells of stride 8 are the 112 pixels up to which FPN reads the
+    level below.)
+
+    Args:
+        ref_boxes (B, N, 4); memory a Memory
+    Returns:
+        (B, N) int64
+    """
+    h, w = memory.spatial_shapes[0]
+    size = memory.valid_ratios[:, None, 0] * ref_boxes.new_tensor([w, h])                # (B, 1, 2)
+    cells = ref_boxes[..., 2:] * size                                                    # (B, N, 2)
+    level = (cells.prod(-1).sqrt() / 14).clamp(min=1e-6).log2().floor()
+    return level.clamp(0, len(memory.spatial_shapes) - 1).long()
+
+
+def region_features(memory, ref_boxes, size=7):
+    """Sample the features inside each box on a grid of 7 x 7, on the level that FPN would choose.
+
+    [SD Eq. 4]  F_R = RoIAlign(F, R_box)
+
+    Args:
+        memory     a Memory
+        ref_boxes  (B, N, 4)  cxcywh, in [0, 1] of image size
+    Returns:
+        (B*N, D, 7, 7)
+    """
+    B, N, _ = ref_boxes.shape
+    D, level = memory.tokens.shape[-1], level_of(ref_boxes, memory).flatten()               # (B*N,)
+    image = torch.arange(B, device=level.device).repeat_interleave(N)                       # (B*N,)
+    features = memory.tokens.new_zeros(B * N, D, size, size)
+    levels = memory.tokens.split([h * w for h, w in memory.spatial_shapes], dim=1)
+    for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
+        here = (level == index).nonzero()[:, 0]
+        scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
+        in_cells = (boxes.to_xyxy(ref_boxes) * scale[:, None]).flatten(0, 1)[here]          # (P, 4)
+        rois = torch.cat([image[here, None].to(in_cells.dtype), in_cells], dim=1)           # (P, 5)
+        maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
+        features = features.index_copy(0, here, ops.roi_align(maps, rois, size, aligned=True))
+    return features
+
+
 class TaskAwareQueries(nn.Module):
     """Task-aware queries on several feature levels, with two-stage anchors.
 
@@ -167,7 +213,7 @@ class TaskAwareQueries(nn.Module):
         """A Memory -> min(N, S) Queries in T sets"""
         found = self.mini_detector(memory)
         ref_boxes = self.mini_detector.best(found, self.num_queries)                     # (B, N, 4)
-        features = query_gen.region_features(memory, ref_boxes)                     # (B*N, D, 7, 7)
+        features = region_features(memory, ref_boxes)                     # (B*N, D, 7, 7)
         sets = [query_gen.points_to_query(features, predict(features), ref_boxes.flatten(0, 1))
                 for predict in self.predictors]
         content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))

@@ -12,55 +12,28 @@ from torch import nn
 from . import boxes, proposals_conditional
 
 
-def level_of(ref_boxes, memory):
-    """The feature level from which a box's features are taken: coarser for larger boxes.
-
-    [Feature Pyramid Networks Eq. 1]  level = floor(log2(sqrt(w * h) / 14)), within 0 .. L-1,
-    w and h in cells of level 0. (14 cells of stride 8 are the 112 pixels up to which FPN reads the
-    level below.)
-
-    Args:
-        ref_boxes (B, N, 4); memory a Memory
-    Returns:
-        (B, N) int64
-    """
-    h, w = memory.spatial_shapes[0]
-    size = memory.valid_ratios[:, None, 0] * ref_boxes.new_tensor([w, h])                # (B, 1, 2)
-    cells = ref_boxes[..., 2:] * size                                                    # (B, N, 2)
-    level = (cells.prod(-1).sqrt() / 14).clamp(min=1e-6).log2().floor()
-    return level.clamp(0, len(memory.spatial_shapes) - 1).long()
-
-
 def region_features(memory, ref_boxes, size=7):
-    """What lies inside each box, on a grid of 7 x 7.
+    """Sample the features inside each box on a grid of 7 x 7.
 
     [SD Eq. 4]  F_R = RoIAlign(F, R_box)
 
     Args:
-        memory     a Memory
+        memory     a Memory of one feature level
         ref_boxes  (B, N, 4)  cxcywh, in [0, 1] of image size
     Returns:
         (B*N, D, 7, 7)
-    Differs: Eq. 4 was not readable to us; Fig. 3 and SAM-DETR, whose search this is, give it. The
-        paper has one feature level; here a box reads the one that FPN would choose.
+    Differs: Eq. 4 was not readable to us; it is clear from Fig. 3 and from SAM-DETR, on whose point
+        search Eq. 5 builds.
     """
-    B, N, _ = ref_boxes.shape
-    D, level = memory.tokens.shape[-1], level_of(ref_boxes, memory).flatten()               # (B*N,)
-    image = torch.arange(B, device=level.device).repeat_interleave(N)                       # (B*N,)
-    features = memory.tokens.new_zeros(B * N, D, size, size)
-    levels = memory.tokens.split([h * w for h, w in memory.spatial_shapes], dim=1)
-    for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
-        here = (level == index).nonzero()[:, 0]
-        scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
-        in_cells = (boxes.to_xyxy(ref_boxes) * scale[:, None]).flatten(0, 1)[here]          # (P, 4)
-        rois = torch.cat([image[here, None].to(in_cells.dtype), in_cells], dim=1)           # (P, 5)
-        maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
-        features = features.index_copy(0, here, ops.roi_align(maps, rois, size, aligned=True))
-    return features
+    [(h, w)] = memory.spatial_shapes
+    maps = memory.tokens.transpose(1, 2).unflatten(-1, (h, w))                        # (B, D, h, w)
+    scale = memory.valid_ratios[:, 0].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])     # (B, 4)
+    in_cells = boxes.to_xyxy(ref_boxes) * scale[:, None]                                 # (B, N, 4)
+    return ops.roi_align(maps, list(in_cells.to(maps.dtype)), size, aligned=True)
 
 
 class PointPredictor(nn.Module):
-    """M points of interest inside a box, from what the box holds. One for each task."""
+    """Predict K points of interest inside a box from its features. One predictor for each task."""
 
     def __init__(self, d_model, num_points=8, size=7):
         super().__init__()
@@ -71,7 +44,7 @@ class PointPredictor(nn.Module):
             nn.Linear(2 * d_model, 2 * d_model), nn.ReLU(),
             nn.Linear(2 * d_model, 2 * num_points))
         angle = torch.arange(num_points) * (2 * math.pi / num_points)
-        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / 2                          # (M, 2)
+        ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / 2                          # (K, 2)
         nn.init.zeros_(self.net[-1].weight)                 # start on a ring: points that start
         self.net[-1].bias.data = ring.atanh().flatten()     # equal get equal gradients for ever
 
@@ -81,20 +54,20 @@ class PointPredictor(nn.Module):
         Args:
             features  F_R  (P, D, 7, 7)
         Returns:
-            (P, M, 2)  (x, y) in (-1, 1): (-1, -1) is the box's top left corner, (0, 0) its centre
+            (P, K, 2)  (x, y) in (-1, 1): (-1, -1) is the box's top left corner, (0, 0) its centre
         Differs: the equation is printed, the layers are SAM-DETR's, scaled with D.
         """
         return self.net(features).unflatten(-1, (-1, 2)).tanh()
 
 
 def points_to_query(features, points, ref_boxes):
-    """The mean of what a box holds at its points, and the mean of where they are.
+    """Average the features at a box's points, and the sine embeddings of the points.
 
-    After [SD Eq. 5]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
+    After [SD Eq. 5]  content = 1/K sum_k bilinear(F_R, point_k),  position = 1/K sum_k PE(point_k)
 
     Args:
         features   F_R   (P, D, 7, 7)
-        points     R_SP  (P, M, 2)  (x, y) in [-1, 1] of the box
+        points     R_SP  (P, K, 2)  (x, y) in [-1, 1] of the box
         ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
     Returns:
         content (P, D), position (P, D)
@@ -103,7 +76,7 @@ def points_to_query(features, points, ref_boxes):
         the embedding of a mean, are our choice.
     """
     found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
-    on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, M, 2)
+    on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, K, 2)
     return found[..., 0].mean(-1), boxes.embed_points(on_image, features.shape[1]).mean(1)
 
 
@@ -125,7 +98,7 @@ class TaskAwareQueries(nn.Module):
                                          for _ in range(num_sets)])
 
     def forward(self, memory):
-        """A Memory -> Queries, of at most N queries in T sets"""
+        """A Memory -> at most N Queries, in T sets"""
         found = self.mini_detector(memory)
         cell = self.mini_detector.best(found, self.num_queries, memory.is_pad)             # (B, N)
         anchors = proposals_conditional.pick(found.boxes, cell).detach()             # (B, N, 4)
