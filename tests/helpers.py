@@ -1,10 +1,13 @@
-"""What several test files build on: random weights, a padded memory, random queries."""
+"""What several test files build on: random weights, memories and queries, small data sets."""
+import json
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 
 from detr_min import attention, boxes, proposals, proposals_conditional
-from detr_min.data import dataset
+from detr_min.data import dataset, transforms
 
 EXACT = dict(atol=1e-12, rtol=0)        # what float64 leaves of two ways to the same number
 
@@ -130,3 +133,40 @@ def conditional_queries(D, N):
     points = torch.rand(2, N, 2, generator=torch.Generator().manual_seed(5),
                         dtype=torch.float64) * .6 + .2
     return proposals_conditional.Queries(*random(3, 2, 2, N, D, seed=4), points, None)
+
+
+def annotation(id_, image_id, category_id, bbox, iscrowd=0):
+    return {"id": id_, "image_id": image_id, "category_id": category_id, "bbox": bbox,
+            "area": bbox[2] * bbox[3], "iscrowd": iscrowd}
+
+
+# Four 60x40 images: 11 has a dog, a cat and a crowd of cats; 12 nothing; 13 a bird; 14 two cats.
+# The ids have gaps and are not in order: cat 3 -> label 0, dog 7 -> 1, bird 90 -> 2.
+GOOD = {
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40}
+               for i in (11, 12, 13, 14)],
+    "categories": [{"id": 90, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    "annotations": [annotation(1, 11, 7, [6, 4, 30, 20]), annotation(2, 11, 3, [30, 10, 15, 20]),
+                    annotation(3, 11, 3, [0, 0, 60, 40], iscrowd=1),
+                    annotation(4, 13, 90, [1.5, 2.5, 12, 8]),
+                    annotation(5, 14, 3, [10, 10, 9, 9]), annotation(6, 14, 3, [40, 5, 9, 30])],
+}
+
+
+def write_coco(root, coco, split="val", layout="{}"):
+    """A COCO folder with a different random picture for each image."""
+    name = layout.format(split)
+    (root / name).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    text = coco if isinstance(coco, str) else json.dumps(coco)
+    (root / "annotations" / f"instances_{name}.json").write_text(text)
+    for image in GOOD["images"]:
+        pixels = np.random.default_rng(image["id"]).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name / image["file_name"])
+    return root
+
+
+def to_pixels(picture):
+    """A normalised image back to uint8 (h, w, 3)."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (transforms.MEAN, transforms.STD))
+    return ((picture * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
