@@ -97,7 +97,7 @@ def main(argv=None):
     if args.out or args.photos or args.points:
         out.mkdir(parents=True, exist_ok=True)
     if args.coco or not (args.photos or args.points):
-        if cfg.preset != "shapes" and not (args.coco or cfg.coco):
+        if not cfg.preset.startswith("shapes") and not (args.coco or cfg.coco):
             raise ValueError(f"{args.weights} is a published file, which names no data: give "
                              "--coco DIR or --photos FILE")
         val_set = sets.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
