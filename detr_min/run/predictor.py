@@ -27,7 +27,8 @@ def read(picture):
                              "uint8 (3, h, w) is expected, RGB in 0..255")
         return picture.cpu()
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)) or picture.ndim < 2:
+        channels = picture.shape[2:]                        # () of a gray picture
+        if picture.dtype != np.uint8 or picture.ndim < 2 or channels not in ((), (3,), (4,)):
             raise ValueError(f"an array {picture.shape} of {picture.dtype} is no picture: uint8 "
                              "(h, w, 3) is expected, RGB in 0..255")
         picture = Image.fromarray(picture)
