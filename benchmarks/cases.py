@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import train
 from benchmarks import theirs
 from detr_min import attention, criterion, encoder
 from detr_min.data import batches, dataset, transforms
@@ -169,16 +168,24 @@ class WithoutProposals(nn.Module):
         super().__init__()
         self.detector = detector
 
-    def forward(self, images, is_pad, noisy=None):
+    def forward(self, *inputs):
         """As model.Detector.forward"""
-        return self.detector(images, is_pad, noisy)._replace(proposals=None)
+        return self.detector(*inputs)._replace(proposals=None)
 
 
 def our_loss(detector, cfg):
     """A function of (batch, step): our training loss, as train.py has it."""
+    training, device = registry.training(cfg), next(detector.parameters()).device
+
     def loss(batch, step):
-        objects = float(sum(len(target.labels) for target in batch[2]))
-        return criterion.total(train.losses_of(detector, batch, cfg, step, objects))
+        images, is_pad = (t.to(device) for t in batch[:2])
+        targets = [t._replace(labels=t.labels.to(device), boxes=t.boxes.to(device))
+                   for t in batch[2]]
+        inputs = training.inputs(images, is_pad, targets, step, 0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            output = detector(*inputs)
+        num_objects = float(sum(len(target.labels) for target in targets))
+        return criterion.total(training.loss(output, targets, num_objects))
     return loss
 
 

@@ -20,7 +20,7 @@ import time
 import torch
 
 from benchmarks import cases, clock, speed, theirs
-from detr_min.data import batches
+from detr_min.data import batches, shapes
 from detr_min.run import config, evaluate, optim, registry, sets
 
 SIDES = {                       # the library, and the model and queries of its Config
@@ -91,7 +91,7 @@ def learn(side, base, args):
     """
     cfg, net, loss, tested = build(side, base)
     net.to(args.device)
-    val_set, curve = sets.open_val(cfg, [{"name": c} for c in data.shapes.CLASSES]), []
+    val_set, curve = sets.open_val(cfg, [{"name": c} for c in shapes.CLASSES]), []
     for step, mean, wall, cpu, reading in stretches(cfg, net, loss, args.every):
         metrics, _ = evaluate.evaluate(tested, val_set, cfg.batch)
         curve.append({"step": step, "loss": mean, "AP": metrics["AP"], "AP50": metrics["AP50"],

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from benchmarks import cases, clock, learn, memory, speed, theirs
 from detr_min import model
-from detr_min.run import evaluate
+from detr_min.run import evaluate, sets
 
 
 def test_spread_by_hand():
@@ -117,7 +117,7 @@ def test_without_transformers_a_sentence_and_exit_status_2(monkeypatch, capsys):
 def test_learn_counts_training_and_stops_at_the_mark(monkeypatch, tmp_path, capsys):
     """Reached at the second test, of step 4 of 6; the clock does not see what testing takes."""
     scores = iter([0.3, 0.6])
-    monkeypatch.setattr(runs, "NUM_VAL_SHAPES", 2)
+    monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 2)
     monkeypatch.setattr(evaluate, "evaluate",
                         lambda *args: (dict(zip(("AP", "AP50"), [next(scores)] * 2)), ""))
     found, = learn.main(["--sides", "ours_deformable", "--steps", "6", "--every", "2", "--size",

@@ -2,14 +2,18 @@
 
 Everything in float64, on two feature levels; the second image is padded.
 """
+import math
+
 import pytest
 import torch
+import torchvision.ops as ops
 from torch.testing import assert_close
+from torchvision.ops.poolers import LevelMapper
 
 import helpers
 from detr_min import boxes, decoder_base, query_gen
 from detr_min import decoder_decoupled_deformable as decoupled
-from helpers import EXACT, memory_of, padded_memory, reordered, shaken
+from helpers import EXACT, f64, memory_of, padded_memory, random, reordered, shaken
 
 SHAPE = dict(d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48)
 SIZES = dict(num_layers=3, num_classes=3, **SHAPE)
@@ -231,13 +235,54 @@ def test_parameters_at_the_size_of_the_paper():
 
 # --- its task-aware queries [SD Eq. 4-5] ----------------------------------------------------------
 
+def test_level_of_is_that_of_feature_pyramid_networks(generator):
+    """[Feature Pyramid Networks Eq. 1]  torchvision's own map, for levels of stride 8, 16, 32."""
+    w, h = 800, 640
+    levels = [torch.zeros(1, 1, h // s, w // s, dtype=torch.float64) for s in (8, 16, 32)]
+    side = 2 ** (torch.rand(200, generator=generator).double() * 7 + 3)         # 8 to 1024 px
+    ref_boxes = torch.stack([side * 0, side * 0, side / w, side / h], -1).clamp(max=1)
+    xyxy_px = torch.stack([side * 0, side * 0, ref_boxes[:, 2] * w, ref_boxes[:, 3] * h], -1)
+    expected = LevelMapper(3, 5)([xyxy_px]).to(torch.int64)         # 0, 1, 2 for strides 8, 16, 32
+    found = decoupled.level_of(ref_boxes[None], memory_of(levels))[0]
+    assert_close(found, expected)
+    assert found.unique().tolist() == [0, 1, 2]
+
+
+def test_region_features_are_roi_align_on_the_level_of_each_box(generator):
+    """[SD Eq. 4]  torchvision's RoIAlign, box by box, in cells of the image without padding.
+
+    Levels of 32 x 40 and 16 x 20 cells; of the second image only 24 x 20 and 12 x 10 are image.
+    """
+    levels = [random(2, 16, 32, 40, seed=1), random(2, 16, 16, 20, seed=2)]
+    pads = [torch.zeros(2, h, w, dtype=torch.bool) for h, w in ((32, 40), (16, 20))]
+    for pad in pads:
+        h, w = pad.shape[1:]
+        pad[1, 3 * h // 4:], pad[1, :, w // 2:] = True, True
+    memory = memory_of(levels, pads)
+    ref_boxes = torch.rand(2, 12, 4, generator=generator, dtype=torch.float64) * .5 + .3
+    ref_boxes[:, :4, 2:] = .9                                               # large: from level 1
+    ref_boxes[:, 4:8, 2:] *= .3
+    found, n = decoupled.region_features(memory, ref_boxes), 0
+    used = set()
+    for b in range(2):
+        h0, w0 = (32, 40) if b == 0 else (24, 20)                           # image cells of level 0
+        for cx, cy, w, h in ref_boxes[b].tolist():
+            level = 0 if math.sqrt(w * w0 * h * h0) < 28 else 1             # 14 * 2^1
+            corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            in_cells = corners * f64(w0, h0, w0, h0) / 2 ** level
+            expected = ops.roi_align(levels[level][b:b + 1], [in_cells[None]], 7, aligned=True)
+            assert_close(found[n:n + 1], expected, **EXACT)
+            n, used = n + 1, used | {level}
+    assert used == {0, 1} and n == len(found)
+
+
 def test_two_tasks_get_two_queries_from_one_anchor(generator):
     """[SD Eq. 4-5]  One set a task, by its own predictor, from the same features and box."""
     memory = a_memory()
     queries = shaken(decoupled.TaskAwareQueries(5, 32, 3, num_sets=2), generator)
     out = queries(memory)
     assert out.content.shape == out.pos.shape == (2, 2, 5, 32) and out.ref_boxes.shape == (2, 5, 4)
-    features = query_gen.region_features(memory, out.ref_boxes)
+    features = decoupled.region_features(memory, out.ref_boxes)
     ref_boxes = out.ref_boxes.flatten(0, 1)
     for task in range(2):
         points = queries.predictors[task](features)

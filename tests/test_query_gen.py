@@ -1,29 +1,13 @@
 """Task-aware queries: what a box holds [SD Eq. 4] and which points of it matter [SD Eq. 5]."""
-import math
-
 import pytest
 import torch
 import torchvision.ops as ops
 from torch.testing import assert_close
-from torchvision.ops.poolers import LevelMapper
 
 from detr_min import boxes, query_gen
-from helpers import EXACT, f64, memory_of, padded_memory, shaken
+from helpers import EXACT, f64, memory_of, padded_memory, random, shaken
 
 D = 16
-
-
-@pytest.fixture
-def padded(generator):
-    """Levels of 32x40 and 16x20 cells; of the second image only 24x20 and 12x10 are image."""
-    levels = [torch.randn(2, D, h, w, generator=generator, dtype=torch.float64)
-              for h, w in ((32, 40), (16, 20))]
-    is_pad = [torch.zeros(2, h, w, dtype=torch.bool) for h, w in ((32, 40), (16, 20))]
-    for pad in is_pad:
-        h, w = pad.shape[1:]
-        pad[1, 3 * h // 4:] = True
-        pad[1, :, w // 2:] = True
-    return levels, memory_of(levels, is_pad)
 
 
 # --- region features [SD Eq. 4] -------------------------------------------------------------------
@@ -39,43 +23,25 @@ def test_region_features_by_hand():
 
 def test_region_features_of_a_constant_map_are_the_constant():
     """[SD Eq. 4]"""
-    levels = [f64(*range(D))[None, :, None, None].expand(1, D, s, s) for s in (32, 16)]
+    level = f64(*range(D))[None, :, None, None].expand(1, D, 32, 32)
     ref_boxes = f64([.5, .5, .2, .3], [.4, .6, .7, .6])[None]
-    found = query_gen.region_features(memory_of(levels), ref_boxes)
+    found = query_gen.region_features(memory_of([level]), ref_boxes)
     assert_close(found, f64(*range(D))[None, :, None, None].expand(2, D, 7, 7))
 
 
-def test_level_of_is_that_of_feature_pyramid_networks(generator):
-    """[Feature Pyramid Networks Eq. 1]  torchvision's own map, for levels of stride 8, 16, 32."""
-    w, h = 800, 640
-    levels = [torch.zeros(1, 1, h // s, w // s, dtype=torch.float64) for s in (8, 16, 32)]
-    side = 2 ** (torch.rand(200, generator=generator).double() * 7 + 3)         # 8 to 1024 px
-    ref_boxes = torch.stack([side * 0, side * 0, side / w, side / h], -1).clamp(max=1)
-    xyxy_px = torch.stack([side * 0, side * 0, ref_boxes[:, 2] * w, ref_boxes[:, 3] * h], -1)
-    expected = LevelMapper(3, 5)([xyxy_px]).to(torch.int64)         # 0, 1, 2 for strides 8, 16, 32
-    found = query_gen.level_of(ref_boxes[None], memory_of(levels))[0]
-    assert_close(found, expected)
-    assert found.unique().tolist() == [0, 1, 2]
-
-
-def test_region_features_are_roi_align_box_by_box(padded, generator):
+def test_region_features_are_roi_align_box_by_box(generator):
     """[SD Eq. 4]  torchvision's RoIAlign, box by box, in cells of the image without padding."""
-    levels, memory = padded
+    level, is_pad = random(2, D, 32, 40), torch.zeros(2, 32, 40, dtype=torch.bool)
+    is_pad[1, 24:], is_pad[1, :, 20:] = True, True              # 24 x 20 of the second are image
     ref_boxes = torch.rand(2, 12, 4, generator=generator, dtype=torch.float64) * .5 + .3
-    ref_boxes[:, :4, 2:] = .9                                               # large: from level 1
-    ref_boxes[:, 4:8, 2:] *= .3
-    found, n = query_gen.region_features(memory, ref_boxes), 0
-    used = set()
-    for b in range(2):
-        h0, w0 = (32, 40) if b == 0 else (24, 20)                           # image cells of level 0
+    found = query_gen.region_features(memory_of([level], [is_pad]), ref_boxes)
+    expected = []
+    for b, (height, width) in enumerate([(32, 40), (24, 20)]):
         for cx, cy, w, h in ref_boxes[b].tolist():
-            level = 0 if math.sqrt(w * w0 * h * h0) < 28 else 1             # 14 * 2^1
             corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            in_cells = corners * f64(w0, h0, w0, h0) / 2 ** level
-            expected = ops.roi_align(levels[level][b:b + 1], [in_cells[None]], 7, aligned=True)
-            assert_close(found[n:n + 1], expected, **EXACT)
-            n, used = n + 1, used | {level}
-    assert used == {0, 1} and n == len(found)
+            in_cells = corners * f64(width, height, width, height)
+            expected.append(ops.roi_align(level[b:b + 1], [in_cells[None]], 7, aligned=True))
+    assert_close(found, torch.cat(expected), **EXACT)
 
 
 # --- points [SD Eq. 5] ----------------------------------------------------------------------------
