@@ -28,7 +28,7 @@ class Memory(NamedTuple):
 
 
 def deformable_attention(value, spatial_shapes, locations, weights):
-    """Sum up what is found at a query's sampling points, each times its weight.
+    """Sum the values at a query's sampling points, each times its attention weight.
 
     [Deformable DETR Eq. 3]  out[n, h] = sum_l sum_k  A[n,h,l,k] * value_l,h(location[n,h,l,k])
 
@@ -77,7 +77,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Head h looks in direction 2 pi h/H, its point k at k steps; all points weigh the same."""
+        """Start head h in direction 2 pi h/H, its k-th point k steps away; weights are equal."""
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)               # (H,)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)                         # (H, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)      # onto a square's rim
@@ -93,7 +93,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def look(self, queries, references, memory):
-        """Where each query looks, and how much each point counts.
+        """Compute where each query looks, and how much each point counts.
 
         Around a point, offsets count cells of the level read: location = (x, y) + offset / (w, h).
         Around a box, they count halves of it: location = (x, y) + offset / K * (w, h) / 2, so that
@@ -130,7 +130,7 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory.tokens).masked_fill(memory.is_pad[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))                       # (B, S, H, D/H)
         locations, weights = self.look(queries, references, memory)
-        with torch.autocast(queries.device.type, enabled=False):  # half precision misplaces points
+        with torch.autocast(queries.device.type, enabled=False):  # float32: bf16 moves points
             value, weights = value.to(locations.dtype), weights.to(locations.dtype)
             out = ms_deform_attn(value, memory.spatial_shapes, locations, weights)
         return self.output_proj(out)

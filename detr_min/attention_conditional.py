@@ -1,8 +1,8 @@
 """Conditional attention: content is compared with content, position with position.
 
-[Conditional DETR Sec. 3], the attention of the decoder that SD-DETR builds on. All of it is dense:
-every query weighs every cell of one feature map, so an attention map can be drawn. Read
-`attention.py` before, for `Memory`, and `encoder_conditional.py` after.
+[Conditional DETR Sec. 3], the attention of SD-DETR's decoder. It is dense: every query weighs every
+cell of one feature map, so an attention map can be drawn. Read `attention.py` before, for `Memory`,
+and `encoder_conditional.py` after.
 """
 import math
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def xavier_uniform(module):
-    """Draw every matrix below a module anew, as DETR does; biases and norms stay. Returns it."""
+    """Initialise every matrix in a module as DETR does; biases and norms stay. Returns it."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -20,7 +20,7 @@ def xavier_uniform(module):
 
 
 class MultiHead(nn.Module):
-    """What both attentions have: heads, values, an output projection, dropout of the weights."""
+    """The parts of both attentions: heads, values, output projection, dropout of the weights."""
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
@@ -44,7 +44,7 @@ class MultiHead(nn.Module):
 
 
 class SelfAttention(MultiHead):
-    """Queries look at one another; content f and position p have projections of their own.
+    """Self-attention in which content f and position p have projections of their own.
 
     [Conditional DETR, code]  q = Wqc f + Wqp p,  k = Wkc f + Wkp p,  v = Wv f
     """
@@ -61,7 +61,7 @@ class SelfAttention(MultiHead):
 
 
 class ConditionalAttention(MultiHead):
-    """Queries look at the image: each head sees a content half and a spatial half.
+    """Cross-attention whose heads compare a content half and a spatial half.
 
     [Conditional DETR Sec. 3.3]  q = [c_q ; p_q],  k = [c_k ; p_k],  A = softmax(q.k / sqrt(2D/H))
     c_q = Wqc f,  p_q = Wqs e,  c_k = Wkc F,  p_k = Wkp P,  v = Wv F
@@ -79,7 +79,7 @@ class ConditionalAttention(MultiHead):
         return self.q_content(queries), self.k_content(tokens)
 
     def queries_and_keys(self, queries, query_pos, spatial, memory):
-        """What is compared: q (B, H, N, 2D/H), k (B, H, S, 2D/H)"""
+        """Build queries (B, H, N, 2D/H) and keys (B, H, S, 2D/H) of content and spatial halves."""
         key_pos = self.k_pos(memory.pos)
         contents = self.contents(queries, query_pos, memory.tokens, key_pos)
         positions = self.q_spatial(spatial), key_pos
@@ -104,14 +104,14 @@ class ConditionalAttention(MultiHead):
         return self.attend(q, k, v, ~memory.is_pad[:, None, None])      # in a mask True = attend
 
     def attention_map(self, queries, query_pos, spatial, memory):
-        """The weights that `forward` uses: (B, H, N, S), each row sums to 1, 0 on padding."""
+        """Compute the weights that `forward` uses. -> (B, H, N, S), rows sum to 1, 0 on padding"""
         q, k = self.queries_and_keys(queries, query_pos, spatial, memory)
         similarity = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         return similarity.masked_fill(memory.is_pad[:, None, None], -math.inf).softmax(-1)
 
 
 class FirstConditionalAttention(ConditionalAttention):
-    """The first layer's, whose queries have no content yet: positions are added to both contents.
+    """The first layer's cross-attention: positions are added to the content of queries and keys.
 
     [Conditional DETR, code]  c_q = Wqc f + Wqp p,  c_k = Wkc F + Wkp P
     """
@@ -127,5 +127,5 @@ class FirstConditionalAttention(ConditionalAttention):
 
 
 def of_layers(num_layers):
-    """The class of each layer's cross-attention."""
+    """Find the class of each layer's cross-attention: the first layer has its own."""
     return [FirstConditionalAttention] + [ConditionalAttention] * (num_layers - 1)

@@ -1,8 +1,8 @@
 """From an image to feature levels, and from feature levels to the width of the transformer.
 
 [Deformable DETR App. A.2]  C3, C4, C5 of the backbone by 1x1 convolutions; each further level by a
-3x3 convolution of stride 2 on C5. `ConvNet` learns from nothing in minutes; `ResNet50` wants
-ImageNet weights. Read `position.py` before and `encoder.py` after.
+3x3 convolution of stride 2 on C5. `ConvNet` learns from random weights in minutes; `ResNet50`
+needs ImageNet weights. Read `attention.py` before and `encoder.py` after.
 """
 import torch
 import torchvision
@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 def conv_gn(channels_in, channels_out, stride):
-    """3x3 convolution, GroupNorm, ReLU: GroupNorm needs no large batch, so a batch of 2 learns."""
+    """3x3 convolution, GroupNorm, ReLU. GroupNorm works with any batch size."""
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
                          nn.GroupNorm(8, channels_out), nn.ReLU(inplace=True))
 
@@ -63,10 +63,10 @@ class ResNet50(nn.Module):
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
 
     def load_imagenet(self):
-        """Fill in torchvision's ImageNet weights, from torch's cache or by download.
+        """Load torchvision's ImageNet weights, from torch's cache or by download.
 
         Raises:
-            OSError: they are neither cached nor to be had, with the ways to go on.
+            OSError: they are neither cached nor can be downloaded; says what to do
         """
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
         try:
@@ -97,7 +97,7 @@ class ResNet50DC5(ResNet50):
 
 
 class Projections(nn.Module):
-    """Bring every level to D channels, and add coarser ones until there are L."""
+    """Project every level to D channels, and add coarser ones until there are L."""
 
     def __init__(self, channels, d_model, num_levels):
         super().__init__()

@@ -13,7 +13,7 @@ import torchvision.ops as ops
 
 
 class Predictions(NamedTuple):
-    """What one decoder layer says: N boxes, and for each a logit per class."""
+    """The predictions of one decoder layer: N boxes, and for each a logit per class."""
     logits: torch.Tensor        # (B, N, C)  before the sigmoid; there is no background class
     boxes: torch.Tensor         # (B, N, 4)  cxcywh, in [0, 1] of image size
 
@@ -31,13 +31,13 @@ def to_cxcywh(boxes_xyxy):
 
 
 def iou(boxes, others):
-    """Intersection over union of every box with every other. Higher is better.
+    """Compute the intersection over union of every box with every other. Higher is better.
 
     IoU(a, b) = |a and b| / |a or b|
 
     Args:
         boxes   a  (N, 4)  cxcywh
-        others  b  (M, 4)  cxcywh, of positive area (data.py sees to that)
+        others  b  (M, 4)  cxcywh, of positive area (the data sets see to that)
     Returns:
         (N, M), in [0, 1]
     """
@@ -45,7 +45,7 @@ def iou(boxes, others):
 
 
 def giou(boxes, others):
-    """IoU less the share of the enclosing box that neither covers: tells far from near at IoU 0.
+    """Generalized IoU: it also ranks boxes that do not overlap, by how far apart they are.
 
     GIoU(a, b) = IoU(a, b) - |hull \\ (a or b)| / |hull|        [Generalized IoU, CVPR 2019, Alg. 1]
 

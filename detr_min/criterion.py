@@ -13,12 +13,12 @@ from . import boxes, matcher, tal_loss
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0       # [DETR App. A.4]
 FOCAL_WEIGHT = 2.0                      # [Deformable DETR App. A.4]
-TAL_WEIGHT = 8.0    # ours, the paper's is not known: with 2, scores start to learn late (studies/)
+TAL_WEIGHT = 8.0    # ours; the paper's is not known. With 2, scores stay near 0 for long
 C_NORMALISER = 3.0  # the C-Decoder's sums are divided by this times the number of objects (release)
 
 
 class Parts(NamedTuple):
-    """The weighted terms of one decoder's loss; they add up to it."""
+    """The weighted terms of one decoder's loss, which is their sum."""
     cls: torch.Tensor
     l1: torch.Tensor
     giou: torch.Tensor
@@ -85,7 +85,7 @@ def decoder_loss(layers, targets, score, pair, layer_loss, normaliser, judged=No
 
     Args:
         layers      [Predictions], one a layer
-        targets     [data.Target], one an image
+        targets     [dataset.Target], one an image
         score       (logits, pred_boxes, gt_labels, gt_boxes) of one image -> (N, M)
         pair        (N, M) -> query_idx, gt_idx
         layer_loss  focal_loss, task_aligned_loss, or another of the same form
@@ -117,7 +117,7 @@ def detection_loss(output, targets, num_objects, layer_loss=focal_loss):
 
     Args:
         output       model.Output
-        targets      [data.Target], one an image
+        targets      [dataset.Target], one an image
         num_objects  mean over processes of the objects in a process's batch; sums are divided by
                      it, the C-Decoder's by 3 times it, but never by less than 1
         layer_loss   focal_loss, task_aligned_loss or another; the encoder keeps focal loss

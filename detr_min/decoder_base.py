@@ -23,7 +23,7 @@ class DecoderLayer(nn.Module):
     def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
 
-        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q)); is_blocked as in query_gen.Queries
+        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q)); is_blocked as in proposals.Queries
         """
         qk = queries + query_pos
         read, _ = self.self_attn(qk, qk, queries, attn_mask=is_blocked, need_weights=False)

@@ -26,7 +26,7 @@ class Branch(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def gather(self, queries, query_pos, spatial, memory):
-        """Each query reads the image on its own, where its task wants. (B, N, D) -> (B, N, D)
+        """Each query reads the image on its own. (B, N, D) -> (B, N, D)
 
         [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
         """

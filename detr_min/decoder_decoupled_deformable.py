@@ -1,4 +1,4 @@
-"""SD-DETR's decoder and queries ported to deformable attention. Not in the paper; skip it for it.
+"""SD-DETR's decoder and queries ported to deformable attention. The paper does not need it.
 
 [SD Eq. 2-5] with `attention.DeformableAttention` in place of dense attention, several feature
 levels, and a reference box that the localization branch refines layer by layer. Both papers at once
@@ -22,7 +22,7 @@ class Branch(nn.Module):
         self.norm_ffn = nn.LayerNorm(d_model)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
-        """Each query reads the image on its own, where its task wants. (B, N, D) -> (B, N, D)
+        """Each query reads the image on its own, around its reference. (B, N, D) -> (B, N, D)
 
         [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
         """
@@ -32,7 +32,7 @@ class Branch(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Both tasks' queries talk in one self-attention, then part."""
+    """One self-attention over both tasks' queries, then each task's own branch."""
 
     def __init__(self, d_model, num_heads, num_levels, num_points, d_ffn):
         super().__init__()
@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         return self.norm_self(queries + read)
 
     def gather(self, queries, query_pos, ref_boxes, memory):
-        """Split, and each task on its own. (B, 2N, D) -> (B, 2N, D)
+        """Split the tokens; each task reads the image on its own. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """
@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoupledDecoder(nn.Module):
-    """Scores are read off the classification tokens, boxes off the localization tokens."""
+    """Classification tokens give the scores, localization tokens the boxes."""
 
     num_sets = 2        # of queries it wants: [classification, localization]
 
@@ -78,7 +78,7 @@ class DecoupledDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """[SD Eq. 3]  Queries in two sets and a Memory -> [Predictions], N a layer, never 2N."""
+        """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N a layer."""
         x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)     # (B, 2N, D)
         ref_boxes = queries.ref_boxes                                 # (B, N, 4)  one for each pair
         base, predictions = ref_boxes, []
@@ -94,10 +94,10 @@ class DecoupledDecoder(nn.Module):
 
 
 class DACDecoupledDecoder(DecoupledDecoder):
-    """Both papers at once, in neither: the decoupled layers run again without self-attention."""
+    """Ours, in neither paper: the decoupled layers run again without self-attention."""
 
     def c_decoder(self, queries, memory):
-        """[DAC Eq. 3] over [SD Eq. 3]  No token ever sees another, not even its partner. Ours."""
+        """[DAC Eq. 3] over [SD Eq. 3]  No token sees another, not even its partner. Ours."""
         x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)     # (B, 2N, D)
         ref_boxes = queries.ref_boxes
         base, predictions = ref_boxes, []
@@ -112,7 +112,7 @@ class DACDecoupledDecoder(DecoupledDecoder):
 
 
 class SplitDecoder(nn.Module):
-    """[SD Eq. 2]  Two decoders that share nothing but reference boxes: one to name, one to place.
+    """[SD Eq. 2]  Two decoders that share nothing but reference boxes, one for each task.
 
     Eq. 2 was not readable to us; this is what Fig. 1 and Table 3 of the paper say of it.
     """
@@ -129,7 +129,7 @@ class SplitDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """Queries in two sets and a Memory -> [Predictions], N a layer."""
+        """Decode two sets of Queries and a Memory to [Predictions], N a layer."""
         (x_cls, x_loc), (pos_cls, pos_loc) = queries.content, queries.pos                # (B, N, D)
         ref_boxes, mask = queries.ref_boxes, queries.is_blocked
         base, predictions = ref_boxes, []
@@ -193,8 +193,8 @@ def region_features(memory, ref_boxes, size=7):
 class TaskAwareQueries(nn.Module):
     """Task-aware queries on several feature levels, with two-stage anchors.
 
-    [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient; features and points
-    keep theirs, so the decoder's losses teach the points where to go.
+    [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient. Gradients do pass
+    through features and points, so the decoder's losses train the point predictors.
 
     DEVIATION: the learned contents of TwoStageQueries are added to the points'. Content n
     belongs to the n-th best anchor, so it tells queries their rank; without it two anchors on one

@@ -26,7 +26,7 @@ def cell_positions(is_pad, d_model):
         d_model D
     Returns:
         (B, h, w, D)
-    Differs: Deformable DETR takes centres of cells, half a cell less.
+    Deformable DETR embeds the centres of cells instead, which lie half a cell before.
     """
     is_image = (~is_pad).float()
     y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image

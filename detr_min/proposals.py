@@ -26,7 +26,7 @@ class Queries(NamedTuple):
 
 
 def box_head(d_model):
-    """Three linear layers that say how far a reference moves. They start at "not at all"."""
+    """Three linear layers that say how far a reference moves. They start at no move."""
     head = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(),
                          nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, 4))
     nn.init.zeros_(head[-1].weight)
@@ -49,7 +49,7 @@ def anchors(memory):
     Args:
         memory  a Memory
     Returns:
-        (B, S, 4)  cxcywh; and (B, S) bool, False on padding and where a number leaves (.01, .99)
+        (B, S, 4)  cxcywh; and (B, S) bool, False on padding and for anchors that leave (.01, .99)
     """
     centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios)           # (B, S, 2)
     sizes = torch.cat([centres.new_full((h * w,), 0.05 * 2 ** level)
@@ -60,7 +60,7 @@ def anchors(memory):
 
 
 class MiniDetector(nn.Module):
-    """A detector of one layer on every cell of the encoder's output; the best become queries."""
+    """A one-layer detector on every cell of the encoder's output; the best cells become queries."""
 
     def __init__(self, d_model, num_classes):
         super().__init__()
@@ -72,7 +72,7 @@ class MiniDetector(nn.Module):
     def forward(self, memory):
         """A Memory -> Predictions, one a cell: logits (B, S, C), boxes (B, S, 4)
 
-        Trained with every object in class 0, so logit 0 is "there is an object here".
+        Trained with every object in class 0, so logit 0 says that there is an object.
         """
         anchor, is_good = anchors(memory)
         cells = memory.tokens.masked_fill(~is_good[..., None], 0)

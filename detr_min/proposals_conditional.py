@@ -37,7 +37,7 @@ class LearnedQueries(nn.Module):
 
     def forward(self, memory):
         """A Memory -> Queries"""
-        with torch.autocast(self.pos.device.type, enabled=False):    # half precision misplaces
+        with torch.autocast(self.pos.device.type, enabled=False):    # float32: bf16 moves points
             points = self.reference(self.pos).sigmoid()                                    # (N, 2)
             spatial = boxes.embed_points(points, self.pos.shape[1])                        # (N, D)
         B = memory.tokens.shape[0]

@@ -1,6 +1,7 @@
-"""Task-aware query generation: for each task, a query made of the points that matter to it.
+"""Task-aware query generation (TAQ): each task makes its queries from its own points in an anchor.
 
-[SD Eq. 4-5], [SD Fig. 3]. Read `proposals_conditional.py` before and `decoder_decoupled.py` after.
+[SD Eq. 4-5], [SD Fig. 3]. Read `proposals_conditional.py` before and `decoder_conditional.py`
+after.
 """
 import math
 
@@ -81,13 +82,13 @@ def points_to_query(features, points, ref_boxes):
 
 
 class TaskAwareQueries(nn.Module):
-    """SD-DETR's queries: for each task, from the points of an anchor that matter to it.
+    """SD-DETR's queries: each task reads its own points in the mini-detector's anchors.
 
     [SD Eq. 4-5]  F_R = RoIAlign(F, R_box),  R_SP = MLP(ConvNet(F_R)), one MLP(ConvNet) a task,
     content = mean of F_R at the points,  p = e = mean of PE at the points,  r = anchor's centre
 
-    Anchors are the mini-detector's best boxes, without gradient; features and points keep theirs,
-    so the decoder's losses teach the points where to go.
+    Anchors are the mini-detector's best boxes, without gradient. Gradients do pass through the
+    features and the points, so the decoder's losses train the point predictors.
     """
 
     def __init__(self, num_queries, d_model, num_classes, num_sets):

@@ -26,7 +26,7 @@ def neighbours(position, size):
 
 
 def deformable_attention(value, spatial_shapes, locations, weights):
-    """Sum up what is found at a query's sampling points, each times its weight.
+    """Sum the values at a query's sampling points, each times its attention weight.
 
     [Deformable DETR Eq. 3]  out[n, h] = sum_l sum_k  A[n,h,l,k] * value_l,h(location[n,h,l,k])
 

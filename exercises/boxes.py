@@ -12,7 +12,7 @@ from detr_min.boxes import to_xyxy  # noqa: F401
 
 
 def giou(boxes, others):
-    """IoU less the share of the enclosing box that neither covers: tells far from near at IoU 0.
+    """Generalized IoU: it also ranks boxes that do not overlap, by how far apart they are.
 
     GIoU(a, b) = IoU(a, b) - |hull \\ (a or b)| / |hull|        [Generalized IoU, CVPR 2019, Alg. 1]
 

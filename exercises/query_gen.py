@@ -11,13 +11,13 @@ from detr_min import boxes, proposals_conditional  # noqa: F401
 
 
 def points_to_query(features, points, ref_boxes):
-    """The mean of what a box holds at its points, and the mean of where they are.
+    """Average the features at a box's points, and the sine embeddings of the points.
 
-    After [SD Eq. 5]  content = 1/M sum_m bilinear(F_R, point_m),  position = 1/M sum_m PE(point_m)
+    After [SD Eq. 5]  content = 1/K sum_k bilinear(F_R, point_k),  position = 1/K sum_k PE(point_k)
 
     Args:
         features   F_R   (P, D, 7, 7)
-        points     R_SP  (P, M, 2)  (x, y) in [-1, 1] of the box
+        points     R_SP  (P, K, 2)  (x, y) in [-1, 1] of the box
         ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
     Returns:
         content (P, D), position (P, D)

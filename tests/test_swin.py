@@ -35,13 +35,13 @@ def test_join_undoes_split():
     assert torch.equal(swin.join(swin.split(x, 3), 6, 9, 3), x)
 
 
-def test_strangers_worked_by_hand():
+def test_rolled_apart_worked_by_hand():
     """One window of 4 x 4, moved by 2: its four quarters come from the map's four corners."""
-    [[apart]] = swin.strangers(4, 4, 4, 2)
+    [[apart]] = swin.rolled_apart(4, 4, 4, 2)
     quarter = torch.tensor([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
     assert_close(apart, -100.0 * (quarter[:, None] != quarter))
     # of 2 x 2 windows the first holds no stranger, the last one four parties
-    apart = swin.strangers(8, 8, 4, 2)
+    apart = swin.rolled_apart(8, 8, 4, 2)
     assert apart.shape == (4, 1, 16, 16)
     assert [len(a[0].unique(dim=0)) for a in apart] == [1, 2, 2, 4]
 

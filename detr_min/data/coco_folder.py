@@ -1,6 +1,6 @@
-"""A COCO folder on disk: its json checked, its pictures read, a fault told in one sentence.
+"""A COCO folder on disk: its json is checked, its pictures are read, errors are one sentence.
 
-Stands outside both papers. Read after `shapes.py`; next: `data.py`, which serves what is read here.
+Read after `shapes.py`; `dataset.py` serves what is read here.
 """
 import collections
 import contextlib

@@ -1,7 +1,7 @@
 """COCO folders and synthetic shapes as one kind of data set: pictures in, normalised boxes out.
 
-What must be right before any equation matters: category ids become labels here and nowhere else,
-boxes become [0, 1] cxcywh last. Read `coco_folder.py` and `transforms.py` before.
+Category ids become labels here and nowhere else; boxes become cxcywh in [0, 1] last. Read
+`coco_folder.py` and `transforms.py` before.
 """
 import difflib
 import functools

@@ -2,8 +2,8 @@
 
 An image is 2 to 8 ellipses, rectangles, triangles and diamonds of random colour on a smooth
 coloured background. It is a pure function of (seed, split, index): nothing is stored, workers and
-resumed runs see the same pictures, and the splits draw from separate random streams. Stands
-outside both papers. Read after nothing; next: `data.py`, which serves these images.
+resumed runs see the same pictures, and the splits draw from separate random streams. Read
+after nothing; `dataset.py` serves these images.
 """
 import json
 import math

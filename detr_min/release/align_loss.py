@@ -1,4 +1,4 @@
-"""The loss of the "DAC-DETR + Align" rows: scores learn the box's IoU, the best query most.
+"""The loss of the "DAC-DETR + Align" rows: scores learn the IoU, an object's best query most.
 
 [Align-DETR Eq. 4-7], with the constants of the DAC-DETR release (`--loss align`). A sibling of
 SD-DETR's: the same target [SD Eq. 6], then discounted by rank. Pure functions. Read `tal_loss.py`

@@ -28,8 +28,9 @@ def one_to_many(quality, threshold=0.4, k=6):
 
     After [DAC Eq. 4]. Each query belongs to the object it explains best, and it is positive if that
     quality reaches the threshold, or if it is some object's best query. An object that owns c
-    positives gets its min(c, k) best queries, whoever owns those. So an object whose best query
-    belongs to another may get none, and a query may be claimed twice. Ties go to the lower index.
+    positives gets its min(c, k) best queries, even if they belong to other objects. So an object
+    whose best query belongs to another may get none, and a query may serve two objects. Ties go to
+    the lower index.
 
     Args:
         quality  M  (N, M)  higher is better
@@ -55,9 +56,9 @@ def one_to_many(quality, threshold=0.4, k=6):
 def is_last_claim(pairs):
     """Mark the pairs whose class target is written. criterion.Pairs -> (P,) bool
 
-    Where one query serves two objects of different classes, both classes are learned. Of one class
-    there is room for one target only: the release writes both, and the last, of the higher object,
-    stays. Here only that one is written, so the result does not depend on the order of writing.
+    A query may serve two objects. If their classes differ, both are learned. If not, they share one
+    entry of the target: the release writes it twice and the later object's value stays. Here only
+    that one is written, so the result does not depend on the order of writing.
     """
     place = torch.stack([pairs.image_idx, pairs.query_idx, pairs.labels])               # (3, P)
     same = (place[:, :, None] == place[:, None]).all(0)                                 # (P, P)

@@ -27,7 +27,7 @@ class LearnedQueries(nn.Module):
         """A Memory -> Queries whose references are points, (B, N, 2)"""
         B = memory.tokens.shape[0]
         pos, content = self.pos_and_content.expand(B, -1, -1).chunk(2, dim=-1)           # (B, N, D)
-        with torch.autocast(pos.device.type, enabled=False):     # half precision misplaces
+        with torch.autocast(pos.device.type, enabled=False):     # float32: bf16 moves points
             points = self.reference_points(pos).sigmoid()                                # (B, N, 2)
         sets = (self.num_sets, -1, -1, -1)
         return proposals.Queries(content.expand(sets), pos.expand(sets), points, proposals=None)
@@ -50,7 +50,7 @@ class UnmixedTwoStageQueries(proposals.TwoStageQueries):
 
 
 class FixedReferenceDecoder(decoder_base.Decoder):
-    """Deformable DETR without refinement: every layer starts from, and looks around, one point."""
+    """Deformable DETR without refinement: every layer looks around the same point."""
 
     def o_decoder(self, queries, memory):
         """Decode Queries and a Memory to Predictions, one a layer; the last is the answer."""

@@ -31,7 +31,7 @@ def noisy_copies(targets, num_classes, generator, dn_number=100, label_noise=0.2
     box moves by u * box_noise half sizes, up or down; u in [0, 1) if positive, [1, 2) if negative.
 
     Args:
-        targets      [data.Target], one an image
+        targets      [dataset.Target], one an image
         num_classes  C
         generator    torch.Generator on the CPU, so that every device gets the same noise
         dn_number    positives of the image of most objects; G = max(1, dn_number // its objects)
@@ -124,7 +124,7 @@ def to_restore(targets, num_slots):
     """Pair each positive slot with the object that it is a copy of.
 
     Args:
-        targets    [data.Target], one an image
+        targets    [dataset.Target], one an image
         num_slots  E
     Returns:
         criterion.Pairs, in which every copy is an object of its own; and the number of groups, G

@@ -1,7 +1,8 @@
 """Weights that others published, under our names: DAC-DETR's release and Deformable DETR's.
 
 A state dict is recognised and measured by its keys and shapes alone. Every key has a place: it
-fills one tensor of ours, or is a known copy and must equal its original, or served training only.
+fills one tensor of ours, or is a known copy and must equal its original, or is needed only in
+training.
 Loading fails if a tensor is unmatched. `run/checkpoints.py` uses it.
 """
 import re

@@ -53,7 +53,7 @@ def join(windows, h, w, size):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def strangers(h, w, size, shift):
+def rolled_apart(h, w, size, shift):
     """What to add to a score: -100 where only the roll brought two cells into one window, else 0.
 
     A roll by `shift` puts the first rows behind the last ones, where they share a window; so do
@@ -83,7 +83,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         padded = x.shape[1:3]
         bias = self.get_relative_position_bias()                # (1, heads, size*size, size*size)
         if shift:
-            bias = bias + strangers(*padded, size, shift).to(bias)
+            bias = bias + rolled_apart(*padded, size, shift).to(bias)
         qkv = self.qkv(split(x.roll((-shift, -shift), (1, 2)), size))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).transpose(2, 4).unbind(3)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, windows, heads, ., d)

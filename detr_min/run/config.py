@@ -49,7 +49,7 @@ class Recipe:
     encoder_layers: int = 6
     decoder_layers: int = 6
     num_queries: int = 900
-    num_classes: int = 80           # set from the data; nobody types it
+    num_classes: int = 80           # set from the data
     max_size: int = 1333            # longest side of an image, pixels
     warmup: int = 0                 # steps of linearly growing learning rate
     decay: str = "step"             # step: x0.1 once; cosine: to 0

@@ -1,7 +1,7 @@
 """From a model's answer to detections, COCO's AP and [DAC Fig. 3]'s statistic.
 
 AP is pycocotools' own, against the json's own object, in pixels of the original pictures; crowds
-count as COCO counts them. Read after `data.py`; next: `draw.py`.
+count as COCO counts them. Read after `sets.py`; next: `draw.py`.
 """
 import collections
 import contextlib
@@ -55,7 +55,7 @@ def headline(metrics):
 
 
 def detect(model, images, sizes_px, top_k=100, nms=None):
-    """What the model sees in each picture: its k most certain (query, class) pairs, best first.
+    """Detect objects: the k (query, class) pairs of highest score in each picture, best first.
 
     score = sigmoid(logit). AP wants many, so there is no threshold; one-to-one training leaves few
     duplicates, so NMS is off. Equal logits keep their order. Under autocast if the caller is.
@@ -133,7 +133,7 @@ def coco_metrics(coco, image_ids, results, categories):
 
 
 def none_if_empty(value):
-    """A number of COCO's; -1 becomes None, and its 1 / (1 + 2e-16) the 1 that it stands for."""
+    """Turn COCO's -1, which means no objects, into None; round away its 1 / (1 + 2e-16)."""
     return None if value < 0 else round(float(value), 12)
 
 

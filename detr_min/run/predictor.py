@@ -67,7 +67,7 @@ class Predictor:
             pictures   one of what `read` takes, or a list of them
             threshold  the smallest score that is kept
             top_k      most detections of a picture; None: as many as it was tested with
-            nms        IoU above which the worse of two boxes of a class is dropped; None: none is
+            nms        IoU above which the worse of two boxes of a class is dropped; None: no NMS
         Returns:
             a dict, or a list of dicts, on the CPU, best first, with torchvision's keys:
             boxes (k, 4) xyxy in pixels of the picture; labels (k,) int64; scores (k,) in [0, 1];

@@ -1,4 +1,4 @@
-"""What the names in a config stand for: the one place where a word becomes a class or a function.
+"""What the names in a config stand for: the one place where a name becomes a class or a function.
 
 A new decoder, query or loss is one line in a table here. Read after the papers' files.
 """
