@@ -64,7 +64,10 @@ class Stack(nn.Module):
 
 
 class ConditionalDecoder(Stack):
-    """Conditional DETR's decoder: one class head and one box head for all layers."""
+    """[SD Eq. 1]  Conditional DETR's decoder: one class head and one box head for all layers.
+
+    The text of Eq. 1 was not readable to us; the paper's base is Conditional DETR.
+    """
 
     def __init__(self, num_layers, d_model, num_heads, d_ffn, num_classes, dropout=0.0):
         super().__init__(num_layers, d_model, num_heads, d_ffn, dropout)

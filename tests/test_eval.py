@@ -12,18 +12,18 @@ from PIL import Image
 import eval as program
 import train
 from detr_min.data import coco_folder, shapes
-from detr_min.run import checkpoints, config, registry
+from detr_min.run import checkpoints, config, evaluate, registry, sets
 
 
 def two_steps(folder, *more):
     """A run of two steps on shapes of 64 pixels, its folder and its table."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(runs, "NUM_VAL_SHAPES", 4)
+    patch.setattr(sets, "NUM_VAL_SHAPES", 4)
     words = "train.py --images 4 --batch 2 --size 64 --steps 2 --device cpu --out"
     patch.setattr(sys, "argv", [*words.split(), str(folder), *more])
     tables = []
-    evaluate = train.evaluate.evaluate
-    patch.setattr(train.evaluate, "evaluate", lambda *a, **k: tables.append(evaluate(*a, **k))
+    run_it = evaluate.evaluate
+    patch.setattr(evaluate, "evaluate", lambda *a, **k: tables.append(run_it(*a, **k))
                   or tables[-1])
     train.main()
     patch.undo()
@@ -38,14 +38,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sd_run(tmp_path_factory):
-    """SD-DETR's decoder and queries."""
-    return two_steps(tmp_path_factory.mktemp("runs") / "sd", "--model", "decoupled", "--queries",
-                     "task_aware")
+    """SD-DETR."""
+    return two_steps(tmp_path_factory.mktemp("runs") / "sd", "--preset", "shapes_sd")
 
 
 @pytest.fixture(autouse=True)
 def few_validation_images(monkeypatch):
-    monkeypatch.setattr(runs, "NUM_VAL_SHAPES", 4)
+    monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 4)
 
 
 def photo(path, size=(90, 60), mode="RGB", seed=0):
@@ -147,7 +146,7 @@ def test_a_published_file_needs_to_be_told_its_data(tmp_path):
     """It is no run on shapes, so its own validation set cannot be tested again."""
     sizes = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=1,
                  num_queries=5, backbone="convnet", num_classes=91)
-    cfg = config.preset("paper_r50", **sizes)               # as published.convert makes it
+    cfg = config.preset("paper_r50", **sizes)               # as checkpoints.convert makes it
     detector = registry.build(cfg)
     checkpoints.save(tmp_path / "released.pth", detector, torch.optim.SGD(detector.parameters()),
                      cfg, coco_folder.all_ids(), {"step": 0})
