@@ -1,0 +1,248 @@
+"""A run's folder: a new one is never an old one, and a resumed one goes on where it stopped."""
+import contextlib
+import json
+import os
+import pathlib
+import signal
+
+import pytest
+import torch
+
+from detr_min import backbone
+from detr_min.data import shapes
+from detr_min.run import checkpoints, config, folder, sets
+
+TINY = dict(images=4, batch=2, size=64, steps=6, device="cpu", d_model=32, num_heads=4, d_ffn=32,
+            decoder_layers=1, num_queries=9)
+
+
+@pytest.fixture(autouse=True)
+def few_validation_images(monkeypatch):
+    monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 2)
+
+
+def begin(out="", preset="shapes", **changes):
+    return folder.start(config.preset(preset, **{**TINY, "out": str(out), **changes}))
+
+
+def go_on(out, **changes):
+    return folder.start(config.preset("shapes", resume=str(out), device="cpu", **changes))
+
+
+def saved(out, step=2, **changes):
+    """A run that was stopped after some step. Returns it."""
+    run = begin(out, **changes)
+    run.progress["step"] = step
+    run.save("last.pt")
+    return run
+
+
+# --- a new folder ---------------------------------------------------------------------------------
+
+def test_a_new_run_says_what_it_will_do_and_writes_its_config(tmp_path, capsys):
+    run = begin(tmp_path / "run", model="deformable", lr=0.5)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["lr"] == 0.5 and stored["recipe"]["num_classes"] == 4
+    assert [category["name"] for category in stored["categories"]] == list(shapes.CLASSES)
+    said = capsys.readouterr().out
+    assert "deformable on synthetic shapes: 4 training and 2 validation images" in said
+    assert f"6 steps of 2 images, lr 0.5, seed 0, cpu; run folder {tmp_path / 'run'}" in said
+    assert run.progress["step"] == 0 and run.log.path == tmp_path / "run" / "log.jsonl"
+
+
+def test_epochs_become_steps(tmp_path):
+    """4 images in batches of 2: three epochs are six steps; of 3 images, two steps an epoch."""
+    assert begin(tmp_path / "a", steps=1, epochs=3).cfg.steps == 6
+    assert begin(tmp_path / "b", steps=1, epochs=3, images=3).cfg.steps == 6
+
+
+def test_weights_follow_from_the_seed(tmp_path):
+    one, same, other = (begin(tmp_path / name, seed=seed).detector.state_dict()
+                        for name, seed in (("a", 5), ("b", 5), ("c", 6)))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["encoder.level_embed"], other["encoder.level_embed"])
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    saved(tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already .*last.pt.*--resume"):
+        begin(tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is a file: a folder is expected"):
+        begin(tmp_path / "file")
+
+
+def test_a_run_that_never_began_may_begin_again(tmp_path):
+    """Its folder holds config.json and an empty log; a person's own config.json is left alone."""
+    begin(tmp_path / "run")
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(FileExistsError, match="config.json, log.jsonl"):
+        begin(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        begin(tmp_path / "mine")
+
+
+def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    other = dict(loss="tal", queries="task_aware")
+    for changes in ({}, {}, dict(model="deformable", seed=3), other):
+        begin(**changes)
+    assert sorted(path.name for path in pathlib.Path("runs").iterdir()) == [
+        "dac_shapes", "dac_shapes-2", "dac_shapes_tal_task_aware", "deformable_shapes_seed3"]
+
+
+def test_the_first_weights_are_those_of_another_run(tmp_path, capsys):
+    before = saved(tmp_path / "a").detector.state_dict()
+    after = begin(tmp_path / "b", seed=9, init_from=str(tmp_path / "a")).detector.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "0 tensors start at random: -" in capsys.readouterr().out
+
+
+def test_a_resnet_starts_from_imagenet_unless_told_otherwise(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(backbone.ResNet50, "load_imagenet", lambda self: asked.append(self))
+    run = begin(tmp_path / "a", backbone="resnet50")
+    assert asked == [run.detector.backbone]
+    run.save("last.pt")
+    begin(tmp_path / "b", backbone="resnet50", init_from=str(tmp_path / "a"))
+    go_on(tmp_path / "a")
+    assert len(asked) == 1
+
+
+# --- a resumed one --------------------------------------------------------------------------------
+
+def test_a_resumed_run_has_everything_it_had(tmp_path):
+    """Weights, optimiser, flags and progress; --pause and --device are this command's."""
+    run = begin(tmp_path / "run", lr=0.01)
+    sum(p.square().sum() for p in run.detector.parameters()).backward()
+    run.optimizer.step()
+    run.progress.update(step=4, best_AP=0.25)
+    run.save("last.pt")
+    again = go_on(tmp_path / "run", pause=5)
+    assert again.cfg.lr == 0.01 and again.cfg.pause == 5 and again.cfg.steps == 6
+    assert again.progress["step"] == 4 and again.progress["best_AP"] == 0.25
+    assert again.cfg.out == str(tmp_path / "run")
+    state = again.detector.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in
+               run.detector.state_dict().items())
+    moments = zip(run.optimizer.state.values(), again.optimizer.state.values(), strict=True)
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in moments)
+    from_file = go_on(tmp_path / "run" / "last.pt")
+    assert from_file.cfg.out == str(tmp_path / "run")
+
+
+def test_batches_go_on_where_they_stopped(tmp_path):
+    """The images of steps 3 to 6 are those that the straight run sees there."""
+    def seen(run):
+        return [(step, [target.image_id for target in targets])
+                for step, (_, _, targets) in run.batches()]
+    whole = seen(begin(tmp_path / "straight"))
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+    saved(tmp_path / "run", step=2)
+    assert seen(go_on(tmp_path / "run")) == whole[2:]
+
+
+def test_a_resume_on_other_data_is_refused(tmp_path):
+    """Labels are positions in the json's classes: another json would train on permuted labels."""
+    shapes.write_folder(tmp_path / "data", 4, 2, size_px=64)
+    saved(tmp_path / "run", preset="coco", coco=str(tmp_path / "data"), images=0)
+    go_on(tmp_path / "run")
+    path = tmp_path / "data" / "annotations" / "instances_train.json"
+    whole = path.read_text()
+    path.write_text(whole.replace("ellipse", "egg"))
+    with pytest.raises(ValueError, match="changed since .*run started on it"):
+        go_on(tmp_path / "run")
+    fewer = json.loads(whole)
+    fewer["images"] = fewer["images"][:3]
+    fewer["annotations"] = [a for a in fewer["annotations"] if a["image_id"] != 4]
+    path.write_text(json.dumps(fewer))
+    with pytest.raises(ValueError, match="changed since .* then of 4 images and 4 classes"):
+        go_on(tmp_path / "run")
+
+
+def test_a_pause_that_lies_behind_is_refused(tmp_path):
+    saved(tmp_path / "run", step=2)
+    for pause in (1, 2):
+        with pytest.raises(ValueError, match=f"--pause {pause}: the run is at step 2 already"):
+            go_on(tmp_path / "run", pause=pause)
+
+
+def test_a_resume_of_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no last.pt"):
+        go_on(tmp_path)
+
+
+# --- while it runs --------------------------------------------------------------------------------
+
+def test_an_object_without_a_query_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"image \d+ holds \d objects but .* 1 queries"):
+        begin(tmp_path / "run", num_queries=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps, times, due", [
+    (10, 5, [2, 4, 6, 8, 10]), (7, 3, [3, 6, 7]), (3, 40, [1, 2, 3])])
+def test_what_is_due_and_when(tmp_path, steps, times, due):
+    """So many times in a run, and always at its end."""
+    run = begin(tmp_path / "run", steps=steps)
+    assert [step for step in range(1, steps + 1) if run.is_due(step, times)] == due
+
+
+def test_the_best_model_is_kept(tmp_path, monkeypatch):
+    """best.pt holds the weights of the highest AP, last.pt those of the last save."""
+    scores = iter([0.2, 0.5, None, 0.4])
+    names = ("AP", "AP50", "AP75")
+    monkeypatch.setattr(folder.evaluate, "evaluate", lambda *args, **words: (
+        dict.fromkeys(names, next(scores)), "table"))
+    run = begin(tmp_path / "run")
+    for step in (1, 2, 3, 4):
+        run.progress["step"] = step
+        run.validate()
+    assert checkpoints.read(tmp_path / "run" / "best.pt")["progress"]["step"] == 2
+    assert run.progress["best_AP"] == 0.5 and run.result[1] == "table"
+    lines = [*map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
+    assert [line["val"]["AP"] for line in lines] == [0.2, 0.5, None, 0.4]
+
+
+def test_an_error_names_step_images_and_what_is_saved(tmp_path):
+    run = saved(tmp_path / "run", step=2)
+    _, (_, _, targets) = next(run.batches())
+    with pytest.raises(ValueError, match=r"step 5, learning rate 0.25: told \(images \[\d, \d\]\); "
+                                         "step 2 is the last one saved"):
+        with run.faults_named(5, 0.25, targets):
+            raise ValueError("told")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(number):
+    folder.check_finite(torch.tensor(1.))
+    with pytest.raises(ValueError, match="not finite: a lower --lr may help"):
+        folder.check_finite(torch.tensor(number))
+
+
+@contextlib.contextmanager
+def own_handlers():
+    """The process's own signal handlers come back afterwards."""
+    names = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(name) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_the_second_ends_all(name):
+    with own_handlers():
+        interrupt = folder.Interrupt()
+        assert not interrupt.requested
+        os.kill(os.getpid(), name)
+        assert interrupt.requested
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), name)
