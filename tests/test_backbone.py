@@ -10,8 +10,7 @@ from torchvision.models import _api
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detr_min import backbone
-
-EXACT = dict(atol=1e-12, rtol=0)
+from helpers import EXACT
 
 
 @pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (1, 1)])
@@ -81,6 +80,39 @@ def test_resnet_is_torchvisions(torchvision_resnet, monkeypatch):
     frozen = {name.split(".")[0] for name, p in ours.body.named_parameters() if not p.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"} and frozen == {"conv1", "layer1"}
     assert not any("bn" in name for name, _ in ours.named_parameters())
+
+
+def test_dc5_has_dilation_in_place_of_the_last_stride():
+    """The same weights as ResNet-50's; torchvision's own dilated network; C5 has stride 16."""
+    torch.manual_seed(0)
+    ours, plain = backbone.ResNet50DC5().eval(), backbone.ResNet50()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {
+        n: t.shape for n, t in plain.state_dict().items()}
+    theirs = torchvision.models.resnet50(
+        weights=None, replace_stride_with_dilation=[False, False, True],
+        norm_layer=torchvision.ops.FrozenBatchNorm2d).eval()
+    theirs.load_state_dict(ours.body.state_dict(), strict=False)
+    theirs = create_feature_extractor(theirs, ["layer3", "layer4"])
+    images = torch.randn(1, 3, 40, 70)
+    with torch.no_grad():
+        _, c4, c5 = ours(images)
+        expected = theirs(images).values()
+    assert c4.shape[2:] == c5.shape[2:] == (3, 5)
+    for level, reference in zip((c4, c5), expected):
+        assert_close(level, reference, atol=1e-5, rtol=1e-4)        # float32 through 50 layers
+
+
+def test_the_small_network_of_one_level_is_the_start_of_the_other():
+    torch.manual_seed(0)
+    whole, part = backbone.ConvNet(width=8), backbone.ConvNetStride8(width=8)
+    part.load_state_dict({name: t for name, t in whole.state_dict().items()
+                          if name in part.state_dict()})
+    images = torch.randn(2, 3, 37, 50)
+    [level] = part(images)
+    assert part.channels == [level.shape[1]] and level.shape[2:] == (5, 7)          # stride 8
+    assert_close(level, whole(images)[0], atol=0, rtol=0)
+    convs = [m for m in part.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 6
 
 
 @pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("invalid hash value")])
