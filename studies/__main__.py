@@ -1,6 +1,7 @@
 """python -m studies                       # what there is
 python -m studies sd_detr                   # train what is missing, then table and plot
 python -m studies sd_detr --seeds 1         # fewer seeds
+python -m studies sd_detr --only plain,dfl  # some variants
 python -m studies sd_detr --dry             # table and plot of the json files that are there
 
 A study's runs go to runs/studies/, its numbers to studies/results/NAME/*.json, its table to
@@ -19,6 +20,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=catalogue.STUDIES)
     parser.add_argument("--seeds", type=int, default=0, help="0: as many as the study asks for")
+    parser.add_argument("--only", default="", help="variants, with commas; empty: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, extra = parser.parse_known_args(argv)
@@ -28,8 +30,11 @@ def main(argv=None):
                   f"{study.seeds} seeds)")
         return
     study = catalogue.STUDIES[args.study]
+    names = args.only.split(",") if args.only else list(study.variants)
+    if set(names) - study.variants.keys():
+        parser.error(f"--only {args.only}: there are {', '.join(study.variants)}")
     if not args.dry:
-        harness.run(study, args.seeds or study.seeds, extra, args.jobs)
+        harness.run(study, names, args.seeds or study.seeds, extra, args.jobs)
     text = harness.table(study)
     print(text)
     if harness.results(study):

@@ -84,15 +84,15 @@ def measure(study, variant, seed, folder):
                "flags": f"{study.common} {study.variants[variant]} --seed {seed}".split(),
                **numbers, "correlation": score_iou_correlation(model, val_set),
                "curve": [[line["step"], line["val"]["AP"]] for line in lines if "val" in line],
-               "tree_of_detr_min": tree, "torch": torch.__version__, "torchvision": torchvision.__version__,
-               "python": platform.python_version()}
+               "tree_of_detr_min": tree, "python": platform.python_version(),
+               "torch": torch.__version__, "torchvision": torchvision.__version__}
     path = RESULTS / study.name / f"{variant}_{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run(study, seeds, extra=(), jobs=2):
-    """Train and measure whatever is missing, seed by seed, so that a stop leaves whole rows."""
+def run(study, names, seeds, extra=(), jobs=2):
+    """Train and measure what is missing of some variants, seed by seed, so that seeds are whole."""
     start = []
     if study.first:
         folder = RUNS / study.name / "backbone"
@@ -108,7 +108,7 @@ def run(study, seeds, extra=(), jobs=2):
                        "--seed", str(seed), *extra])
         return job, folder
 
-    todo = [(seed, variant) for seed in range(seeds) for variant in study.variants
+    todo = [(seed, variant) for seed in range(seeds) for variant in names
             if not (RESULTS / study.name / f"{variant}_{seed}.json").exists()]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for number, ((seed, variant), folder) in enumerate(pool.map(one, todo), 1):

@@ -153,40 +153,51 @@ class Body(nn.Module):
                 for x in self.body(pixels)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dilated", [False, True], ids=["r50", "dc5"])
-@torch.no_grad()
-def test_a_file_answers_as_transformers_does(dilated, write):
-    """A padded batch of two, random weights of theirs, under the official names, in a file.
+def hugging_face(lib, body, d=64, heads=4, ffn=96, queries=10, encoder_layers=2, decoder_layers=3,
+                 classes=7):
+    """Their model around our backbone, without dropout.
 
-    Their auxiliary_loss=True norms between layers, as the official code does not, so it stays off
-    and only the last layer is compared. The backbone is ours on both sides.
+    Their auxiliary_loss=True norms between layers, as the official code does not: it stays off.
     """
-    lib = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     stand_in = lib.ResNetConfig(embedding_size=8, depths=[1] * 4, hidden_sizes=[8, 8, 8, 2048],
                                 out_features=["stage4"])
     theirs = lib.ConditionalDetrForObjectDetection(lib.ConditionalDetrConfig(
-        backbone_config=stand_in, num_labels=7, num_queries=10, d_model=64, encoder_layers=2,
-        decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
-        decoder_ffn_dim=96, auxiliary_loss=False, dropout=0.0)).eval()
-    for parameter in theirs.parameters():
-        parameter += 0.25 * torch.randn_like(parameter)
-    theirs.model.query_position_embeddings.weight *= 6          # queries that differ
-    body = body_of(dilated)
+        backbone_config=stand_in, num_labels=classes, num_queries=queries, d_model=d,
+        encoder_layers=encoder_layers, decoder_layers=decoder_layers, encoder_attention_heads=heads,
+        decoder_attention_heads=heads, encoder_ffn_dim=ffn, decoder_ffn_dim=ffn,
+        auxiliary_loss=False, dropout=0.0))
     theirs.model.backbone = Body(body)
-    state = {}
-    for name, tensor in theirs.state_dict().items():
+    return theirs
+
+
+def official_state(theirs):
+    """The weights of `hugging_face` under the names of the authors' files."""
+    state, own = {}, theirs.state_dict()
+    for name, tensor in own.items():
         if name.startswith("model.backbone.body."):
             state[f"backbone.0.{name.removeprefix('model.backbone.body.')}"] = tensor
         elif not re.match(r"model\.encoder\..*\.[qkv]_proj\.", name):
             state[official_name(name)] = tensor
-    for layer in range(2):                      # officially one matrix, of queries, keys, values
-        for kind in ("weight", "bias"):
-            start = f"model.encoder.layers.{layer}.self_attn"
-            state[f"transformer.encoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(
-                [theirs.state_dict()[f"{start}.{part}_proj.{kind}"] for part in "qkv"])
-    ours = checkpoints.load_model(write({"model": state,
+    for name in [name for name in own if re.match(r"model\.encoder\..*\.q_proj\.", name)]:
+        joined = name.removeprefix("model.").replace("q_proj.", "in_proj_")     # one matrix there
+        state[f"transformer.{joined}"] = torch.cat(
+            [own[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dilated", [False, True], ids=["r50", "dc5"])
+@torch.no_grad()
+def test_a_file_answers_as_transformers_does(dilated, write):
+    """A padded batch of two; random weights of theirs, under the official names, in a file."""
+    lib = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = hugging_face(lib, body_of(dilated)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "backbone" not in name:
+            parameter += 0.25 * torch.randn_like(parameter)
+    theirs.model.query_position_embeddings.weight *= 6          # queries that differ
+    ours = checkpoints.load_model(write({"model": official_state(theirs),
                                          "args": {"nheads": 4, "dilation": dilated}}))
     images, is_pad = torch.randn(2, 3, 192, 256), torch.zeros(2, 192, 256, dtype=torch.bool)
     is_pad[1, 130:], is_pad[1, :, 170:] = True, True         # padded at the bottom and at the right
