@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from detr_min import criterion
-from detr_min.run import config, folder, optim, processes, registry
+from detr_min.run import config, folder, loop, optim, processes, registry
 
 
 def train(run):
     """The training loop, from the step after the last one to the end, or to the first Ctrl-C."""
     cfg, device, progress = run.cfg, run.device, run.progress
     detector = DistributedDataParallel(run.detector) if processes.world() > 1 else run.detector
-    training, interrupt = registry.training(cfg), folder.Interrupt()
+    training, interrupt = registry.training(cfg), loop.Interrupt()
     bar = tqdm(total=cfg.steps, initial=progress["step"], unit="step",
                disable=None if processes.rank() == 0 else True)     # None: only on a terminal
     for step, (images, is_pad, targets) in run.batches():
@@ -36,23 +36,23 @@ def train(run):
                 output = detector(*inputs)
             parts = training.loss(output, targets, num_objects)     # as in criterion.detection_loss
             loss = criterion.total(parts)
-            folder.check_finite(loss)
+            loop.check_finite(loss)
 
             run.optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(run.detector.parameters(), cfg.recipe.clip)
-            folder.check_finite(norm)
+            loop.check_finite(norm)
         run.optimizer.step()
 
         progress["step"] = step
         run.log.add(parts, objects=num_objects)
         bar.update()
         stops = processes.any_of(interrupt.requested, device) or step == cfg.pause
-        if stops or run.is_due(step, folder.NUM_LOGS):
+        if stops or run.is_due(step, loop.NUM_LOGS):
             run.write_log(step, lr)
-        if run.is_due(step, folder.NUM_EVALS):
+        if run.is_due(step, loop.NUM_EVALS):
             run.validate()
-        if stops or run.is_due(step, folder.NUM_SAVES):
+        if stops or run.is_due(step, loop.NUM_SAVES):
             run.save("last.pt")
         if stops:
             break

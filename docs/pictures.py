@@ -1,9 +1,9 @@
 """The pictures of docs/pictures.md, drawn by the code that they explain.
 
-    OMP_NUM_THREADS=1 python train.py                          # runs/dac_shapes, 3 CPU-minutes
-    OMP_NUM_THREADS=1 python train.py --model decoupled        # runs/decoupled_shapes, the same
-    python docs/pictures.py                                    # both runs -> docs/pictures/*.png
-    python docs/pictures.py --run MY_DAC_RUN MY_DECOUPLED_RUN  # of other folders
+    OMP_NUM_THREADS=1 python train.py                       # runs/dac_shapes
+    python -m studies sd_detr --seeds 1 --only plain,sd_detr   # two runs on Conditional DETR
+    python docs/pictures.py                                 # these runs -> docs/pictures/*.png
+    python docs/pictures.py --run DAC PLAIN SD_DETR         # of other folders
 
 Two pictures need no run, and are drawn in any case. Every number in a title is measured here.
 """
@@ -27,7 +27,8 @@ from detr_min.run import checkpoints, draw, evaluate, looks, sets  # noqa: E402
 WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
 NEEDED = {                              # model: how to make a run of it
-    "dac": "python train.py", "decoupled": "python train.py --model decoupled"}
+    "dac": "python train.py", "conditional": "python -m studies sd_detr --seeds 1 --only plain",
+    "decoupled": "python -m studies sd_detr --seeds 1 --only sd_detr"}
 DOT = dict(marker="o", linestyle="", markeredgecolor="black", markeredgewidth=0.4)
 
 
@@ -313,38 +314,68 @@ def assignments(model, dataset, out_png, index=5):
     return save(figure, out_png)
 
 
-def branches(model, dataset, out_png, index=2, num_images=NUM_IMAGES):
-    """(e) Where the last layer's two branches look, for an image's largest object.
+def attention_maps(model, image):
+    """Logits, boxes and the last layer's attention maps of one image. -> {branch: (N, h, w)}"""
+    is_pad = torch.zeros(image.shape[1:], dtype=torch.bool)
+    logits, pred_boxes, calls = looks.last_calls(model, image, is_pad)
+    return logits, pred_boxes, {branch: looks.attention_map(module, *args)
+                                for branch, (module, args) in calls.items()}
 
-    Titles have means over all matched queries, each point times its attention weight: the
-    distance to the object's centre in half sizes (1 = at its edge), and the share outside its box.
+
+def spread(attention, box):
+    """Where a map (h, w) lies about a cxcywh box: the mean distance, and the share outside it.
+
+    The distance is from the box's centre, in half sizes: 1 = at its edge.
     """
-    sums, pairs = {"cls": torch.zeros(2), "loc": torch.zeros(2)}, 0
+    h, w = attention.shape
+    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    far = torch.maximum((x - box[0]).abs() / (box[2] / 2), (y - box[1]).abs() / (box[3] / 2))
+    return torch.stack([(attention * far).sum(), attention[far > 1].sum()])
+
+
+def branches(plain, decoupled, dataset, out_png, index=2, num_images=NUM_IMAGES, num_objects=3):
+    """(e) [SD Fig. 1] Attention maps of the ordinary decoder and of SD-DETR's two branches.
+
+    A row is an object, its maps are those of the queries that are matched to it. Titles have means
+    over all matched queries of `spread`.
+    """
+    columns = {"ordinary decoder": (plain, ""), "localization branch": (decoupled, "loc"),
+               "classification branch": (decoupled, "cls")}
+    sums, objects = torch.zeros(len(columns), 2), 0
     for i in range(min(num_images, len(dataset))):
         image, target = dataset[i]
-        logits, pred_boxes, found = last_looks(model, image)
-        query_idx, box = matched(logits, pred_boxes, target), target.boxes[:, None]     # (M, 1, 4)
-        pairs += len(query_idx)
-        for task, total in sums.items():
-            _, points, weights = (t[query_idx] for t in found[task])
-            weights = weights / weights.sum(-1, keepdim=True)                       # (M, H*L*K)
-            far = ((points - box[..., :2]) / (box[..., 2:] / 2)).abs().amax(-1)     # (M, H*L*K)
-            total += torch.stack([(weights * far).sum(), (weights * (far > 1)).sum()])
+        found = {id(model): attention_maps(model, image) for model in (plain, decoupled)}
+        objects += len(target.labels)
+        for total, (model, branch) in zip(sums, columns.values()):
+            logits, pred_boxes, maps = found[id(model)]
+            for query, box in zip(matched(logits, pred_boxes, target), target.boxes):
+                total += spread(maps[branch][query], box)
     image, target = dataset[index]
-    logits, pred_boxes, found = last_looks(model, image)
-    [gt] = largest(target, 1)
-    query, box = matched(logits, pred_boxes, target)[gt], pixels(target.boxes[gt], image)
-    found = {task: [t[query] for t in found[task]] for task in sums}
-    all_points = pixels(torch.cat([points for _, points, _ in found.values()]), image)
-    figure, row = picture_axes(2, 4.8, image, box)
-    for axes, (task, (reference, points, weights)) in zip(row, found.items()):
-        look(axes, image, reference, points, weights, pred_boxes[query])
-        zoom(axes, box, points=all_points)
-        far, out = (sums[task] / pairs).tolist()
-        axes.set_title(f"{looks.BRANCHES[task]}\npoints {far:.2f} half sizes from the centre, "
-                       f"{out:.0%} of\ntheir weight outside the box (mean of {pairs} objects)",
-                       fontsize=9)
-    legend(figure, LOOK_LEGEND)
+    figure = Figure(figsize=(WIDTH, 2.1 * num_objects + 0.9), layout="constrained", dpi=DPI)
+    rows = figure.subplots(num_objects, 1 + len(columns), squeeze=False)
+    h, w = image.shape[-2:]
+    found = {id(model): attention_maps(model, image) for model in (plain, decoupled)}
+    for row, gt in zip(rows, largest(target, num_objects)):
+        show_grey(row[0], image)
+        draw.frame(row[0], pixels(target.boxes[gt], image), "black", "--")
+        for axes, (model, branch) in zip(row[1:], columns.values()):
+            logits, pred_boxes, maps = found[id(model)]
+            query = matched(logits, pred_boxes, target)[gt]
+            axes.set_axis_off()
+            axes.imshow(maps[branch][query].numpy(), extent=(0, w, h, 0), cmap="viridis")
+            draw.frame(axes, pixels(target.boxes[gt], image), "white", "--")
+            draw.frame(axes, pixels(pred_boxes[query], image), draw.colour_of(0), "-")
+    rows[0][0].set_title("image and object", fontsize=9)
+    for axes, name, (far, out) in zip(rows[0][1:], columns, (sums / objects).tolist()):
+        axes.set_title(f"{name}\n{far:.2f} half sizes from the centre,\n{out:.0%} outside the box",
+                       fontsize=8)
+    figure.suptitle(f"attention of the last layer, mean over heads; numbers are means over "
+                    f"{objects} objects", fontsize=9)
+    legend(figure, [
+        Line2D([], [], color="black", linestyle="--", linewidth=1.2,
+               label="object (white on the maps)"),
+        Line2D([], [], color=draw.colour_of(0), linewidth=1.8,
+               label="box that the query predicts")])
     return save(figure, out_png)
 
 
@@ -393,7 +424,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", metavar="RUN", help="run folders on shapes",
-                        default=[ROOT / "runs" / "dac_shapes", ROOT / "runs" / "decoupled_shapes"])
+                        default=[ROOT / "runs" / "dac_shapes", *(
+                            ROOT / "runs" / "studies" / "sd_detr" / f"{name}_0"
+                            for name in ("plain", "sd_detr"))])
     parser.add_argument("--out", default=ROOT / "docs" / "pictures", help="folder")
     args = parser.parse_args(argv)
     out = pathlib.Path(args.out)
@@ -405,21 +438,20 @@ def main(argv=None):
     for run in args.run:
         if (pathlib.Path(run) / "last.pt").exists():
             model = checkpoints.load_model(run)
-            if model.config.recipe.base != "deformable":
-                continue                    # dense attention has no sampling points to draw
             found[model.config.model] = model, sets.open_val(model.config, model.categories)
     if "dac" in found:
         layers_of_a_query(*found["dac"], out / "layers.png")
         gathering(*found["dac"], out / "gathering.png")
         assignments(*found["dac"], out / "assignments.png")
-    if "decoupled" in found:
-        branches(*found["decoupled"], out / "branches.png")
+    if {"conditional", "decoupled"} <= found.keys():
+        (plain, dataset), (decoupled, _) = found["conditional"], found["decoupled"]
+        branches(plain, decoupled, dataset, out / "branches.png")
     for name in sorted(p.name for p in out.glob("*.png")):
         print(f"{out / name}: {(out / name).stat().st_size / 1000:.0f} KB")
     missing = [f"`{how}`" for kind, how in NEEDED.items() if kind not in found]
     if missing:
         sys.exit(f"pictures.py: some pictures need a run that is not there: make it by "
-                 f"{' and '.join(missing)} (3 CPU-minutes each), or name it with --run")
+                 f"{' and '.join(missing)}, or name it with --run")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ know go to train.py, such as --steps 20.
 """
 import argparse
 
-from studies import harness, catalogue
+import torch
+
+from studies import catalogue, harness
 
 
 def main(argv=None):
@@ -29,6 +31,7 @@ def main(argv=None):
             print(f"{study.name:10} {study.question} ({len(study.variants)} variants, "
                   f"{study.seeds} seeds)")
         return
+    torch.set_num_threads(1)                    # the cores are the runs'
     study = catalogue.STUDIES[args.study]
     names = args.only.split(",") if args.only else list(study.variants)
     if set(names) - study.variants.keys():

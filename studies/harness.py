@@ -60,13 +60,13 @@ def score_iou_correlation(model, dataset):
     class's. None if it is not defined.
     """
     scores, ious = [], []
-    for index in range(len(dataset)):
-        image, target = dataset[index]
-        [logits], [pred_boxes] = evaluate.predict(model, [image])
-        query_idx, gt_idx = matcher.one_to_one(matcher.match_cost(
-            logits, pred_boxes, target.labels, target.boxes))
-        scores += logits[query_idx, target.labels[gt_idx]].sigmoid().tolist()
-        ious += boxes.paired_iou(pred_boxes[query_idx], target.boxes[gt_idx]).tolist()
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=20, collate_fn=list):
+        images, targets = zip(*batch)
+        for logits, pred_boxes, target in zip(*evaluate.predict(model, images), targets):
+            query_idx, gt_idx = matcher.one_to_one(matcher.match_cost(
+                logits, pred_boxes, target.labels, target.boxes))
+            scores += logits[query_idx, target.labels[gt_idx]].sigmoid().tolist()
+            ious += boxes.paired_iou(pred_boxes[query_idx], target.boxes[gt_idx]).tolist()
     return statistics.correlation(scores, ious) if len(set(scores)) > 1 else None
 
 

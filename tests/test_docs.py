@@ -407,34 +407,27 @@ def test_assignments_draw_every_pair(tmp_path, dataset, monkeypatch):
     assert "object, with its number of queries" in legend_of(figure)
 
 
-def test_branches_stand_side_by_side(tmp_path, dataset):
-    """Untrained: points of 2 steps, at 1/2 and 1 half size, all of one weight: .75 on average."""
-    detector = tiny("decoupled")
-    with torch.no_grad():
-        for head in detector.decoder.box_heads:     # boxes stay where they are: at the object
-            torch.nn.init.zeros_(head[-1].weight)
-    image, target = dataset[0]
-    look = pictures.last_looks
+def test_spread_by_hand():
+    """Two cells of a map 1 x 4: at x = .125 and .375 of the image, about a box of width .5."""
+    attention = torch.tensor([[0.25, 0.75, 0.0, 0.0]])
+    far, out = pictures.spread(attention, torch.tensor([0.5, 0.5, 0.5, 1.0])).tolist()
+    assert far == pytest.approx(0.25 * 1.5 + 0.75 * 0.5) and out == pytest.approx(0.25)
 
-    def at_the_object(*args):
-        logits, pred_boxes, looks = look(*args)
-        near = pred_boxes.clone()
-        near[:len(target.boxes)] = target.boxes
-        for name, (references, points, weights) in looks.items():
-            moved = (points - references[:, None, :2]) / references[:, None, 2:]
-            looks[name] = near, moved * near[:, None, 2:] + near[:, None, :2], weights
-        return logits * 0, near, looks
-    pictures.last_looks = at_the_object
-    try:
-        figure = pictures.branches(detector, dataset, tmp_path / "a.png", index=0, num_images=1)
-    finally:
-        pictures.last_looks = look
+
+def test_branches_stand_beside_the_ordinary_decoder(tmp_path):
+    """A row is an object: image, then three maps of 12 x 12 cells with the object and a box."""
+    plain, decoupled = (registry.build(config.preset(name)).eval()
+                        for name in ("shapes_conditional", "shapes_sd"))
+    shapes = data_sets.open_shapes("val", transforms.resize(96, 96), 1, size_px=96)
+    figure = pictures.branches(plain, decoupled, shapes, tmp_path / "a.png", index=0, num_images=1,
+                               num_objects=2)
     check_png(tmp_path / "a.png", figure)
-    for axes, task in zip(figure.axes, ("classification", "localization"), strict=True):
-        assert axes.get_title().startswith(f"{task} branch\npoints 0.75 half sizes from the centre")
-        assert f"mean of {len(target.boxes)} objects" in axes.get_title()
-        assert len(axes.collections[0].get_offsets()) == 24
-    assert "sampling point of large weight" in legend_of(figure)
+    assert len(figure.axes) == 8
+    assert [len(axes.images) for axes in figure.axes] == [1] * 8
+    assert [axes.images[0].get_array().shape for axes in figure.axes[1:4]] == [(12, 12)] * 3
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes[:4]] == [
+        "image and object", "ordinary decoder", "localization branch", "classification branch"]
+    assert "box that the query predicts" in legend_of(figure)
 
 
 def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
@@ -452,7 +445,7 @@ def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
 
 
 def test_a_missing_run_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SystemExit, match="`python train.py --model decoupled`"):
+    with pytest.raises(SystemExit, match="`python -m studies sd_detr --seeds 1 --only sd_detr`"):
         pictures.main(["--run", str(tmp_path / "no"), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"initial_points.png",
                                                           "aligned_targets.png"}

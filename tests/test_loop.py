@@ -1,0 +1,74 @@
+"""While a run trains: what is due when, what is kept, how it is stopped and what errors say."""
+import contextlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_folder import begin, few_validation_images, saved  # noqa: F401
+
+from detr_min.run import checkpoints, loop
+
+
+@pytest.mark.parametrize("steps, times, due", [
+    (10, 5, [2, 4, 6, 8, 10]), (7, 3, [3, 6, 7]), (3, 40, [1, 2, 3])])
+def test_what_is_due_and_when(tmp_path, steps, times, due):
+    """So many times in a run, and always at its end."""
+    run = begin(tmp_path / "run", steps=steps)
+    assert [step for step in range(1, steps + 1) if run.is_due(step, times)] == due
+
+
+def test_the_best_model_is_kept(tmp_path, monkeypatch):
+    """best.pt holds the weights of the highest AP, last.pt those of the last save."""
+    scores = iter([0.2, 0.5, None, 0.4])
+    names = ("AP", "AP50", "AP75")
+    monkeypatch.setattr(loop.evaluate, "evaluate", lambda *args, **words: (
+        dict.fromkeys(names, next(scores)), "table"))
+    run = begin(tmp_path / "run")
+    for step in (1, 2, 3, 4):
+        run.progress["step"] = step
+        run.validate()
+    assert checkpoints.read(tmp_path / "run" / "best.pt")["progress"]["step"] == 2
+    assert run.progress["best_AP"] == 0.5 and run.result[1] == "table"
+    lines = [*map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
+    assert [line["val"]["AP"] for line in lines] == [0.2, 0.5, None, 0.4]
+
+
+def test_an_error_names_step_images_and_what_is_saved(tmp_path):
+    run = saved(tmp_path / "run", step=2)
+    _, (_, _, targets) = next(run.batches())
+    with pytest.raises(ValueError, match=r"step 5, learning rate 0.25: told \(images \[\d, \d\]\); "
+                                         "step 2 is the last one saved"):
+        with run.faults_named(5, 0.25, targets):
+            raise ValueError("told")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(number):
+    loop.check_finite(torch.tensor(1.))
+    with pytest.raises(ValueError, match="not finite: a lower --lr may help"):
+        loop.check_finite(torch.tensor(number))
+
+
+@contextlib.contextmanager
+def own_handlers():
+    """The process's own signal handlers come back afterwards."""
+    names = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(name) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_the_second_ends_all(name):
+    with own_handlers():
+        interrupt = loop.Interrupt()
+        assert not interrupt.requested
+        os.kill(os.getpid(), name)
+        assert interrupt.requested
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), name)
