@@ -7,7 +7,7 @@ import torch
 
 from detr_min import backbone
 from detr_min.data import shapes
-from detr_min.run import checkpoints, config, folder, sets
+from detr_min.run import config, folder, sets
 
 TINY = dict(images=4, batch=2, size=64, steps=6, device="cpu", d_model=32, num_heads=4, d_ffn=32,
             decoder_layers=1, num_queries=9)
