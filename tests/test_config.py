@@ -176,3 +176,26 @@ def test_paper_swin_l_is_paper_r50_on_swin_l():
     swin, r50 = config.preset("paper_swin_l"), config.preset("paper_r50")
     assert swin.backbone == "swin_l" and swin.recipe.detections == 300
     assert dataclasses.replace(swin, preset="paper_r50", backbone="resnet50") == r50
+
+
+@pytest.mark.parametrize("name, epochs, drop_after", [
+    ("paper_conditional_r50", 50, 40), ("paper_conditional_dc5", 50, 40), ("paper_sd_r50", 50, 40),
+    ("paper_sd_dc5", 50, 40), ("paper_conditional_r50_12", 12, 10), ("paper_sd_dc5_12", 12, 10)])
+def test_presets_on_conditional_detr_are_its_codes(name, epochs, drop_after):
+    """AdamW 1e-4, backbone 1e-5, weight decay 1e-4, clip .1, batch 16, dropout .1, 300 queries."""
+    cfg = config.preset(name)
+    r = cfg.recipe
+    assert (cfg.lr, cfg.slow_lr, r.weight_decay, r.clip, cfg.batch) == (1e-4, 0.1, 1e-4, 0.1, 16)
+    assert (r.dropout, r.num_queries, r.d_ffn, r.encoder_layers) == (0.1, 300, 2048, 6)
+    assert (cfg.size, r.max_size, r.num_levels, r.cell_weight) == (800, 1333, 1, 0.1)
+    assert (cfg.epochs, round(r.drop_at * epochs)) == (epochs, drop_after)
+    assert cfg.backbone == ("resnet50_dc5" if "dc5" in name else "resnet50")
+    sd = ("decoupled", "task_aware", "tal")
+    assert (cfg.model, cfg.queries, cfg.loss) == (
+        sd if "sd" in name else ("conditional", "learned", "focal"))
+
+
+def test_a_model_of_another_base_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="--model dac does not exist for preset shapes_sd.*"
+                                         "one of conditional, decoupled, split"):
+        config.preset("shapes_sd", model="dac")

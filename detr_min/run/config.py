@@ -20,7 +20,8 @@ class Between:
         return isinstance(number, (int, float)) and self.least <= number <= self.most
 
     def __str__(self):
-        return f"a number from {self.least:g} to {self.most:g}"
+        ends = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        return "a number from " + " to ".join(ends)
 
 
 class OneOf(tuple):

@@ -32,7 +32,8 @@ def new_folder(cfg):
             raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): go on "
                                   f"with --resume {out}, or take another name")
         return out
-    words = [cfg.model, pathlib.Path(cfg.coco).resolve().name if cfg.coco else "shapes"]
+    model = [cfg.model] + ["conditional"] * (cfg.recipe.base == "conditional" != cfg.model)
+    words = ["_".join(model), pathlib.Path(cfg.coco).resolve().name if cfg.coco else "shapes"]
     words += [cfg.loss] * (cfg.loss != "focal") + [cfg.queries] * (cfg.queries != "two_stage")
     name = "_".join(words) + (f"_seed{cfg.seed}" if cfg.seed else "")
     names = [name] + [f"{name}-{i}" for i in range(2, 1000)]

@@ -1,0 +1,130 @@
+"""studies/: the statistics by hand, what is trained and what not, and numbers that have a json."""
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+
+from detr_min.data import dataset
+from detr_min.run import config
+from studies import __main__ as program
+from studies import catalogue, harness
+
+ROOT = pathlib.Path(__file__).parent.parent
+STUDIES = list(catalogue.STUDIES.values())
+A_STUDY = harness.Study("x", "Does it help?", "--preset shapes",
+                        {"plain": "", "idea": "--loss tal"}, seeds=2)
+
+
+def result(variant, seed, AP):
+    return {"study": "x", "variant": variant, "seed": seed, "AP": AP, "AP50": 2 * AP, "AP75": None,
+            "correlation": 0.5, "cpu_seconds": 30.0, "steps": 100, "parameters": 1_500_000,
+            "curve": [[50, AP / 2], [100, AP]]}
+
+
+@pytest.fixture
+def three_seeds(tmp_path, monkeypatch):
+    """Gains of .02, .03 and .07 in json files."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    (tmp_path / "x").mkdir()
+    for variant, scores in (("plain", (.30, .31, .32)), ("idea", (.32, .34, .39))):
+        for seed, AP in enumerate(scores):
+            path = tmp_path / "x" / f"{variant}_{seed}.json"
+            path.write_text(json.dumps(result(variant, seed, AP)))
+    return tmp_path
+
+
+def test_paired_difference_by_hand(three_seeds):
+    """Mean .04; deviation sqrt((.02^2 + .01^2 + .03^2) / 2) = .026458; t of 2 degrees, 4.30265.
+
+    Half width 4.30265 * .026458 / sqrt(3) = .065724
+    """
+    found = harness.results(A_STUDY)
+    mean, half = harness.paired(found["idea"], found["plain"])
+    assert mean == pytest.approx(.04) and half == pytest.approx(.065724, abs=1e-5)
+
+
+def test_paired_difference_of_one_seed_and_of_none(three_seeds):
+    found = harness.results(A_STUDY)
+    one = {0: found["idea"][0]}
+    assert harness.paired(one, found["plain"]) == (pytest.approx(.02), None)
+    assert harness.paired({7: found["idea"][0]}, found["plain"]) == (None, None)
+
+
+def test_the_table_and_the_plot_hold_what_the_json_files_hold(three_seeds):
+    plain, idea = harness.table(A_STUDY).splitlines()[2:]
+    assert "| 3 | 0.300 0.310 0.320 | 0.310 | 0.620 | n/a | 0.500 |  | 300 | 1.50 |" in plain
+    assert "| 0.320 0.340 0.390 | 0.350 |" in idea and "| +0.040 ± 0.066 |" in idea
+    harness.plot(A_STUDY, three_seeds / "x.png")
+    assert (three_seeds / "x.png").stat().st_size > 10_000
+
+
+def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monkeypatch):
+    """Of two variants and four seeds two runs are missing; one of them was interrupted."""
+    monkeypatch.setattr(harness, "RUNS", tmp_path / "runs")
+    (tmp_path / "runs" / "x" / "idea_3").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "idea_3" / "last.pt").touch()
+    asked, measured = [], []
+    monkeypatch.setattr(harness, "command", lambda *flags: asked.append(flags))
+    monkeypatch.setattr(harness, "measure", lambda study, variant, seed, folder:
+                        measured.append((variant, seed)))
+    harness.run(A_STUDY, ["plain", "idea"], 4, ["--steps", "3"], jobs=1)
+    assert measured == [("plain", 3), ("idea", 3)]
+    folder = str(tmp_path / "runs" / "x")
+    assert asked == [("--preset", "shapes", "--seed", "3", "--steps", "3", "--out",
+                      f"{folder}/plain_3"), ("--resume", f"{folder}/idea_3")]
+
+
+class Answers(torch.nn.Module):
+    """Two boxes: the first picture's two objects, moved; scores .9 and .6."""
+
+    def forward(self, images, is_pad):
+        from detr_min import boxes, model
+        pred_boxes = torch.tensor([[.3, .3, .2, .2], [.7, .7, .2, .1]]).expand(len(images), -1, -1)
+        logits = torch.tensor([[.9], [.6]]).logit().expand(len(images), -1, -1)
+        return model.Output([boxes.Predictions(logits, pred_boxes)], [], None)
+
+
+def test_correlation_by_hand():
+    """Scores .9 and .6 with IoU 1 and .5: two points lie on a rising line."""
+    target = dataset.Target(torch.tensor([0, 0]),
+                            torch.tensor([[.3, .3, .2, .2], [.7, .7, .2, .2]]), 1, (32, 32))
+    images = [(torch.zeros(3, 32, 32), target)]
+    assert harness.score_iou_correlation(Answers(), images) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_the_flags_of_every_variant_are_accepted(study):
+    for flags in study.variants.values():
+        config.parse("doc", f"{study.common} {flags}".split())
+    if study.first:
+        config.parse("doc", study.first.split())
+
+
+def test_the_program_lists_the_studies(capsys):
+    program.main([])
+    assert all(study.name in capsys.readouterr().out for study in STUDIES[:1])
+    with pytest.raises(SystemExit):
+        program.main(["sd_detr", "--only", "nothing"])
+
+
+# ---- committed numbers ----
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_a_committed_table_is_that_of_its_json_files(study):
+    path = harness.RESULTS / f"{study.name}.md"
+    if harness.results(study):
+        assert path.read_text() == harness.table(study) + "\n"
+    else:
+        assert not path.exists()
+
+
+def test_rows_of_studies_in_the_readme_and_the_page_come_from_a_committed_table():
+    """A row whose first cell names a variant, as `plain`, has the numbers of that table."""
+    rows = [row for path in harness.RESULTS.glob("*.md") for row in path.read_text().splitlines()]
+    for page in (ROOT / "README.md", ROOT / "studies" / "README.md"):
+        for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", page.read_text(), re.M):
+            numbers = re.findall(r"[+-]?0\.\d{3}", cells)
+            sources = [row for row in rows if row.startswith(f"| {name} |")]
+            assert any(all(n in row for n in numbers) for row in sources), (page, name, numbers)
