@@ -38,9 +38,15 @@ def parse(argv=None):
                         "Conditional DETR and does not say so itself")
     parser.add_argument("--out", metavar="DIR", help="folder of results")
     args = parser.parse_args(argv)
-    if min(args.images, args.top_k) < 0 or not 0 <= args.threshold <= 1 or not (
-            args.nms is None or 0 < args.nms <= 1):
-        parser.error("--images and --top_k are at least 0, --threshold and --nms in [0, 1]")
+    for name in ("images", "top_k"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least 0")
+    for name in ("threshold", "nms"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: it must be from 0 to 1")
+    for name in ("coco", "photos", "points", "out"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} is empty: is it an unset variable of your shell?")
     return args
 
 
@@ -51,6 +57,8 @@ def readable(path):
         ValueError: there is none that can be read
     """
     root, count = pathlib.Path(path), 0
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: there is no such file or folder")
     files = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
     for file in files:
         try:
@@ -61,13 +69,16 @@ def readable(path):
             count += 1
             yield file.name, picture
     if not count:
-        raise ValueError(f"{root}: no readable picture among {len(files)} files")
+        inside = sum(p.is_dir() for p in root.iterdir()) if root.is_dir() else 0
+        raise ValueError(f"{root}: no readable picture among {len(files)} files"
+                         + f"; its {inside} subfolders are not looked into" * bool(inside))
 
 
 def draw_photos(detector, args, out):
     """--photos: a png each, and all that was drawn in detections.json."""
     rows = []
     for name, picture in readable(args.photos):
+        out.mkdir(parents=True, exist_ok=True)
         found = detector.detect(picture, args.threshold, args.top_k or None, args.nms)
         draw.photo(picture, found, detector.names, out / f"{name}.png")
         columns = (found[key].tolist() for key in ("labels", "scores", "boxes"))
@@ -80,6 +91,7 @@ def draw_photos(detector, args, out):
 def draw_points(detector, args, out):
     """--points: where the last layer's cross-attention looks, a png a photo."""
     for name, picture in readable(args.points):
+        out.mkdir(parents=True, exist_ok=True)
         image, png = detector.network_image(picture), out / f"{name}.points.png"
         is_pad = torch.zeros(image.shape[1:], dtype=torch.bool)
         looks.where_it_looks(detector.model, image, is_pad, png, detector.names)
@@ -94,8 +106,6 @@ def main(argv=None):
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
     if args.photos and out.resolve() == pathlib.Path(args.photos).resolve():
         raise ValueError(f"--out {out} is where the photos are: take another folder for drawings")
-    if args.out or args.photos or args.points:
-        out.mkdir(parents=True, exist_ok=True)
     if args.coco or not (args.photos or args.points):
         if not cfg.preset.startswith("shapes") and not (args.coco or cfg.coco):
             raise ValueError(f"{args.weights} is a published file, which names no data: give "
@@ -108,6 +118,7 @@ def main(argv=None):
         metrics, table = evaluate.evaluate(detector.model, val_set, cfg.batch, find, cfg.precision)
         print(table)
         if args.out:
+            out.mkdir(parents=True, exist_ok=True)
             (out / "eval.json").write_text(json.dumps(metrics, indent=1))
     if args.photos:
         draw_photos(detector, args, out)

@@ -82,7 +82,9 @@ def test_a_larger_size_raises_the_longest_side_with_it():
 @pytest.mark.parametrize("words", [
     ["--classes", "cat"], ["--preset", "coco"], ["--images", "0"],
     ["--steps", "5", "--epochs", "2"],
-    ["--size", "16"], ["--seed", str(2 ** 64)], ["--lr", "inf"], ["--lr", "nan"]])
+    ["--size", "16"], ["--seed", str(2 ** 64)], ["--lr", "inf"], ["--lr", "nan"],
+    ["--lr", "1e300"], ["--images", "2147483647"], ["--steps", "2000000000000"],
+    ["--resume", ""], ["--coco", ""], ["--init_from", ""], ["--classes", ",,,"], ["--out", ""]])
 def test_flags_that_cannot_be_meant_together_or_at_all(words, capsys):
     with pytest.raises(SystemExit) as stop:
         config.parse("doc", words)
@@ -110,7 +112,7 @@ def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--model", "dca"], "--model dca: it must be one of deformable, deformable_fixed, dac, "),
-    (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-300 to"),
+    (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-12 to"),
     (["--queries", "learned", "--dn_number", "5"],
      "--queries learned takes no denoising queries, .*: add --dn_number 0"),
     (["--preset", "paper_r50", "--coco", "x", "--queries", "learned"], "add --dn_number 0"),
@@ -146,8 +148,6 @@ def test_resume_takes_no_other_flag_but_pause_and_device():
     assert config.check_resume(cfg, given) is cfg
     with pytest.raises(ValueError, match="leave out --lr --steps"):
         config.check_resume(*config.parse("doc", ["--resume", "a", "--lr", "1", "--steps", "2"]))
-    with pytest.raises(ValueError, match="--resume is empty"):
-        config.check_resume(*config.parse("doc", ["--resume", ""]))
 
 
 @pytest.mark.parametrize("name, epochs, drop_after", [

@@ -116,9 +116,16 @@ def test_a_photo_is_turned_as_its_exif_says(run, tmp_path):
 
 
 def test_no_readable_photo_is_an_error(run, tmp_path):
-    (tmp_path / "notes.txt").write_text("not a picture")
-    with pytest.raises(ValueError, match="no readable picture"):
-        program.main([str(run[0]), "--photos", str(tmp_path), "--out", str(tmp_path / "out")])
+    """It says that subfolders are left out, and leaves no empty folder behind."""
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    with pytest.raises(ValueError, match="no readable picture among 1 files; its 1 subfolders"):
+        program.main([str(run[0]), "--photos", str(tmp_path / "photos"),
+                      "--out", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such file or folder"):
+        program.main([str(run[0]), "--points", str(tmp_path / "nowhere"),
+                      "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("which", ["run", "sd_run"])
@@ -135,7 +142,9 @@ def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["nowhere"], "nowhere does not exist"), (["--threshold", "2", "x"], "--threshold")])
+    (["nowhere"], "nowhere does not exist"),
+    (["--threshold", "2", "x"], "--threshold 2.0: it must be from 0 to 1"),
+    (["--images", "-1", "x"], "--images -1"), (["--photos", "", "x"], "--photos is empty")])
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
     with pytest.raises((ValueError, OSError, SystemExit)) as stop:
         program.main(words)

@@ -1,6 +1,8 @@
 """A run's folder: a new one is never an old one, and a resumed one goes on where it stopped."""
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,17 +73,30 @@ def test_a_run_is_never_overwritten(tmp_path):
         begin(tmp_path / "file")
 
 
-def test_a_run_that_never_began_may_begin_again(tmp_path):
-    """Its folder holds config.json and an empty log; a person's own config.json is left alone."""
-    begin(tmp_path / "run")
+def test_a_run_that_never_saved_may_begin_again(tmp_path):
+    """Its folder holds config.json and a log; a person's own config.json is left alone."""
     begin(tmp_path / "run")
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(FileExistsError, match="config.json, log.jsonl"):
-        begin(tmp_path / "run")
+    (tmp_path / "run" / "last.unfinished").write_text("torn")
+    begin(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json",
+                                                                          "log.jsonl"]
+    assert (tmp_path / "run" / "log.jsonl").read_text() == ""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match="holds a run already"):
         begin(tmp_path / "mine")
+
+
+def test_a_second_process_on_one_folder_is_refused(tmp_path):
+    """And config.json stays the first one's."""
+    run = begin(tmp_path / "run", seed=7)
+    command = [sys.executable, "train.py", "--images", "2", "--batch", "2", "--size", "64",
+               "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and run.config_file
+    assert "another process trains in" in second.stderr and "Traceback" not in second.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 7
 
 
 def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):
@@ -172,6 +187,14 @@ def test_a_pause_that_lies_behind_is_refused(tmp_path):
 def test_a_resume_of_nothing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no last.pt"):
         go_on(tmp_path)
+    with pytest.raises(FileNotFoundError, match="typo.pt does not exist"):
+        go_on(tmp_path / "typo.pt")
+
+
+def test_a_resume_of_another_file_is_refused(tmp_path):
+    saved(tmp_path / "run").save("best.pt")
+    with pytest.raises(ValueError, match="best.pt: a run goes on from its last.pt.*--init_from"):
+        go_on(tmp_path / "run" / "best.pt")
 
 
 # --- while it runs --------------------------------------------------------------------------------

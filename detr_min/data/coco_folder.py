@@ -66,6 +66,12 @@ def check(data, path):
         for entry in data[name]:
             if type(entry.get(key)) is not kind:
                 raise DataError(f"{path}: one of {name} has no {key} ({kind.__name__}): {entry}")
+    for entry in data["images"]:
+        parts = entry["file_name"].replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise DataError(f"{path}: image {entry['id']} has the file_name "
+                            f"{entry['file_name']!r}, which leaves the folder of pictures: give it "
+                            "relative to that folder")
     images = {entry["id"]: entry for entry in data["images"]}
     known = {entry["id"] for entry in data["categories"]}
     outside = 0

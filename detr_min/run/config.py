@@ -79,7 +79,7 @@ class Config:
     batch: int = flag(8, "images a step, all processes together", Between(1, 2 ** 20))
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
-    lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-300, 1e300))
+    lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-12, 1e3))
     slow_lr: float = flag(0.1, "factor on the learning rate of backbone and sampling offsets; "
                           "0 = they stay as they are", Between(0, 1))
     dn_number: int = flag(0, "denoising copies of the objects of an image; 0 = none",
@@ -95,6 +95,7 @@ class Config:
     recipe: Recipe = Recipe()
 
 
+MOST_SHAPES = 1_000_000
 FLAGS = [field for field in dataclasses.fields(Config) if field.name != "recipe"]
 PRESETS = {
     "shapes": dict(steps=600, batch=8, size=128, lr=1e-3, images=2000, max_size=128,
@@ -219,6 +220,9 @@ def parse(doc, argv=None):
     given = vars(parser.parse_args(argv))
     if given.get("steps") and given.get("epochs"):
         parser.error("--steps and --epochs both say how long to train: give one")
+    for name in ("coco", "classes", "init_from", "resume", "out"):
+        if name in given and not given[name].strip(", "):
+            parser.error(f"--{name} is empty: is it an unset variable of your shell?")
     values = {**given, "epochs": 0} if given.get("steps") else given
     name = given.get("preset", "coco" if given.get("coco") else "shapes")
     if not given.get("coco"):
@@ -228,6 +232,8 @@ def parse(doc, argv=None):
             parser.error(f"--preset {name} needs --coco DIR, a folder in COCO layout")
         if given.get("images") == 0:
             parser.error("--images 0 means all, and there is no end of shapes: say how many")
+        if given.get("images", 0) > MOST_SHAPES:
+            parser.error(f"--images {given['images']}: at most {MOST_SHAPES:,} shapes are drawn")
     try:
         return preset(name, **{k: v for k, v in values.items() if k != "preset"}), set(given)
     except ValueError as error:
@@ -241,8 +247,6 @@ def check_resume(cfg, given):
         ValueError
     """
     other = given - {"resume", "pause", "device"}
-    if "resume" in given and not cfg.resume:
-        raise ValueError("--resume is empty: the name of a run folder is missing")
     if cfg.resume and other:
         raise ValueError("--resume goes on with the run's own flags; leave out "
                          f"--{' --'.join(sorted(other))}")

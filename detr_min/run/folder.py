@@ -12,6 +12,11 @@ import torch
 
 from . import checkpoints, config, logfile, loop, optim, processes, registry, sets
 
+try:
+    import fcntl
+except ImportError:                     # Windows: two runs in one folder are not noticed
+    fcntl = None
+
 FILES = "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json"
 
 
@@ -26,9 +31,7 @@ def new_folder(cfg):
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"--out {out} is a file: a folder is expected")
         held = [name for name in FILES if (out / name).exists()]
-        log = out / "log.jsonl"         # empty: a run that failed before its first step
-        never_began = held == ["config.json", "log.jsonl"] and not log.stat().st_size
-        if held and not never_began:
+        if held and held != ["config.json", "log.jsonl"]:       # these two: it never saved anything
             raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): go on "
                                   f"with --resume {out}, or take another name")
         return out
@@ -47,7 +50,11 @@ def read_resumed(cfg):
         the run's own Config, with this command's --pause and --device; the checkpoint's dict
     """
     folder = pathlib.Path(cfg.resume)
-    folder = folder if folder.is_dir() else folder.parent
+    if folder.name == "last.pt":
+        folder = folder.parent
+    elif folder.is_file():
+        raise ValueError(f"--resume {folder}: a run goes on from its last.pt, so name its folder; "
+                         f"to start a new run from this file's weights, use --init_from {folder}")
     content = checkpoints.read(folder)
     step = content["progress"]["step"]
     if 0 < cfg.pause <= step:
@@ -108,14 +115,33 @@ def first_weights(detector, cfg, categories):
                       "detector's")
 
 
+def claim(path, text):
+    """Write config.json and keep it locked until this process ends, however it ends. -> open file
+
+    Raises:
+        ValueError: another process trains in this folder
+    """
+    file = open(path, "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process trains in {path.parent}: take another --out") from None
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+    return file
+
+
 def open_folder(run):
     """Make the run's folder and config.json, open its log, say what will be done. -> Run"""
     cfg, out = run.cfg, pathlib.Path(run.cfg.out)
     if processes.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(
+        run.config_file = claim(out / "config.json", json.dumps(
             {**dataclasses.asdict(cfg), "categories": run.train_set.categories,
              "train_image_ids": run.train_set.image_ids if cfg.coco else "1 and up"}, indent=2))
+        (out / "last.unfinished").unlink(missing_ok=True)           # of a process that was killed
     processes.say(
         f"{cfg.model} on {cfg.coco or 'synthetic shapes'}: {len(run.train_set)} training and "
         f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px, "

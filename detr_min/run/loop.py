@@ -33,6 +33,7 @@ class Run:
     val_set: dataset.Detections
     progress: dict                          # numbers that are saved: step, best_AP, seconds, ...
     log: logfile.Log = None
+    config_file: object = None              # open, locked for this process
     result: tuple = None                    # the last validation's metrics and table
 
     def batches(self):
@@ -80,9 +81,10 @@ class Run:
                              self.cfg, self.val_set.categories, self.progress)
 
     def validate(self):
-        """Measure AP on the validation set, log it, and keep the best model as best.pt."""
+        """Measure AP on the validation set, log and draw it, keep the best model as best.pt."""
+        find = functools.partial(evaluate.detect, top_k=self.cfg.recipe.detections)
         self.result = metrics, _ = evaluate.evaluate(
-            self.detector, self.val_set, self.cfg.batch, precision=self.cfg.precision)
+            self.detector, self.val_set, self.cfg.batch, find, self.cfg.precision)
         if processes.rank() == 0:
             step, scores = self.progress["step"], {
                 name: value for name, value in metrics.items() if name.startswith("AP")}
@@ -91,10 +93,12 @@ class Run:
             if (metrics["AP"] or 0) >= self.progress["best_AP"]:    # None: nothing is to be found
                 self.progress["best_AP"] = metrics["AP"] or 0
                 self.save("best.pt")
+            out = pathlib.Path(self.cfg.out)
+            draw.curves(out / "log.jsonl", out / "curves.png")
         self.log.restart_clock()
 
     def finish(self):
-        """Write metrics.json, curves.png and predictions.png; print the result."""
+        """Write metrics.json and predictions.png; print the result."""
         cfg, out, (metrics, table) = self.cfg, pathlib.Path(self.cfg.out), self.result
         processes.say(table)
         train_metrics, _ = evaluate.evaluate(self.detector, self.plain_set, cfg.batch,
@@ -105,7 +109,6 @@ class Run:
                        "cpu_seconds": cpu_seconds, "steps": cfg.steps, "seed": cfg.seed,
                        "images_seen": cfg.steps * cfg.batch,
                        "parameters": sum(p.numel() for p in self.detector.parameters())}
-            draw.curves(out / "log.jsonl", out / "curves.png")
             draw.predictions(self.detector, self.val_set, out / "predictions.png", threshold=0.35)
             (out / "metrics.json").write_text(json.dumps(numbers, indent=2))
             processes.say(
