@@ -351,7 +351,7 @@ def branches(plain, decoupled, dataset, out_png, index=2, num_images=NUM_IMAGES,
             for query, box in zip(matched(logits, pred_boxes, target), target.boxes):
                 total += spread(maps[branch][query], box)
     image, target = dataset[index]
-    figure = Figure(figsize=(WIDTH, 2.1 * num_objects + 0.9), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(WIDTH, 1.65 * num_objects + 0.9), layout="constrained", dpi=DPI)
     rows = figure.subplots(num_objects, 1 + len(columns), squeeze=False)
     h, w = image.shape[-2:]
     found = {id(model): attention_maps(model, image) for model in (plain, decoupled)}
@@ -367,8 +367,7 @@ def branches(plain, decoupled, dataset, out_png, index=2, num_images=NUM_IMAGES,
             draw.frame(axes, pixels(pred_boxes[query], image), draw.colour_of(0), "-")
     rows[0][0].set_title("image and object", fontsize=9)
     for axes, name, (far, out) in zip(rows[0][1:], columns, (sums / objects).tolist()):
-        axes.set_title(f"{name}\n{far:.2f} half sizes from the centre,\n{out:.0%} outside the box",
-                       fontsize=8)
+        axes.set_title(f"{name}\n{far:.1f} half sizes away\n{out:.0%} outside the box", fontsize=8)
     figure.suptitle(f"attention of the last layer, mean over heads; numbers are means over "
                     f"{objects} objects", fontsize=9)
     legend(figure, [
