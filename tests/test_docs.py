@@ -458,7 +458,7 @@ def test_committed_pictures_are_small_and_all_shown():
     assert sum(path.stat().st_size for path in PICTURES) <= 600_000
     for path in PICTURES:
         with Image.open(path) as picture:
-            assert picture.format == "PNG" and picture.width in (800, 1600)
+            assert picture.format == "PNG" and picture.width == 1600
 
 
 # ---- the pages ----
