@@ -112,7 +112,7 @@ def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--model", "dca"], "--model dca: it must be one of deformable, deformable_fixed, dac, "),
-    (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-12 to"),
+    (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-37 to"),
     (["--queries", "learned", "--dn_number", "5"],
      "--queries learned takes no denoising queries, .*: add --dn_number 0"),
     (["--preset", "paper_r50", "--coco", "x", "--queries", "learned"], "add --dn_number 0"),

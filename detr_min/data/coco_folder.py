@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import posixpath
 import warnings
 
 import numpy as np
@@ -67,11 +68,12 @@ def check(data, path):
             if type(entry.get(key)) is not kind:
                 raise DataError(f"{path}: one of {name} has no {key} ({kind.__name__}): {entry}")
     for entry in data["images"]:
-        parts = entry["file_name"].replace("\\", "/").split("/")
-        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+        name = entry["file_name"].replace("\\", "/")
+        inside = posixpath.normpath(f"pictures/{name}")             # as seen from the root
+        if not name or name[0] == "/" or ":" in name.split("/")[0] or inside.startswith(".."):
             raise DataError(f"{path}: image {entry['id']} has the file_name "
-                            f"{entry['file_name']!r}, which leaves the folder of pictures: give it "
-                            "relative to that folder")
+                            f"{entry['file_name']!r}, which leaves the data set's folder: give it "
+                            "relative to the folder of pictures")
     images = {entry["id"]: entry for entry in data["images"]}
     known = {entry["id"] for entry in data["categories"]}
     outside = 0

@@ -79,7 +79,7 @@ class Config:
     batch: int = flag(8, "images a step, all processes together", Between(1, 2 ** 20))
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
-    lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-12, 1e3))
+    lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-37, 1e37))
     slow_lr: float = flag(0.1, "factor on the learning rate of backbone and sampling offsets; "
                           "0 = they stay as they are", Between(0, 1))
     dn_number: int = flag(0, "denoising copies of the objects of an image; 0 = none",
