@@ -175,3 +175,23 @@ def test_drop_path_grows_with_depth_and_is_off_in_eval():
     images = torch.randn(1, 3, 40, 40)
     assert torch.equal(net.eval()(images)[-1], net(images)[-1])
     assert not torch.equal(net.train()(images)[-1], net(images)[-1])
+
+
+def test_training_keeps_little_and_has_the_gradients_of_the_blocks_run_once():
+    """The same random paths are dropped in the second run of a block."""
+    net, images = swin.Swin(**TINY, drop_path=0.7).train(), torch.randn(2, 3, 48, 48)
+
+    def train(blocks):
+        net.blocks, kept = blocks, []
+        torch.manual_seed(1)
+        net.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = sum(level.square().sum() for level in net(images))
+        loss.backward()
+        return sum(kept), [parameter.grad.clone() for parameter in net.parameters()]
+
+    kept_twice, twice = train(net.blocks)
+    kept_once, once = train(lambda stage, x: stage(x))
+    assert kept_twice < kept_once / 4
+    assert all(torch.equal(a, b) for a, b in zip(twice, once))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils import checkpoint
 from torchvision.models import swin_transformer
 
 ORIGINAL_NAMES = [                                              # ours, the Swin repository's
@@ -92,7 +93,11 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
 
 
 class Swin(nn.Module):
-    """Swin-L by default. Strides 8, 16, 32; nothing is frozen, as released."""
+    """Swin-L by default. Strides 8, 16, 32; nothing is frozen.
+
+    In training a block keeps its input alone and runs again in the backward pass, as released: the
+    same gradients in a fraction of the memory.
+    """
 
     def __init__(self, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12,
                  drop_path=0.2):
@@ -111,8 +116,14 @@ class Swin(nn.Module):
         """(B, 3, h, w) -> [(B, 2C, h/8, w/8), (B, 4C, h/16, w/16), (B, 8C, h/32, w/32)]"""
         h, w = images.shape[-2:]
         x = self.patches(F.pad(images, (0, -w % 4, 0, -h % 4)))         # (B, h/4, w/4, C)
-        x, levels = self.stages[0](x), []
+        x, levels = self.blocks(self.stages[0], x), []
         for merge, stage, norm in zip(self.merges, self.stages[1:], self.norms):
-            x = stage(merge(x))             # merging pads odd sizes
+            x = self.blocks(stage, merge(x))        # merging pads odd sizes
             levels.append(norm(x).permute(0, 3, 1, 2))
         return levels
+
+    def blocks(self, stage, x):
+        """Run the blocks of a stage. (B, h, w, C) -> (B, h, w, C)"""
+        for block in stage:
+            x = checkpoint.checkpoint(block, x, use_reentrant=False) if self.training else block(x)
+        return x
