@@ -4,6 +4,8 @@ Both get the same random weights and the same features, a batch of two of which 
 sides; once directly, once by way of a file under the official names. Needs `pip install
 transformers`, else it is skipped.
 """
+import dataclasses
+
 import pytest
 import test_published
 import torch
@@ -96,6 +98,31 @@ def test_every_layer_answers_as_transformers_does(variant):
         assert 0 < is_good.sum() < is_good.numel()
     references = ours.queries(memory).ref_boxes
     assert_close(references, out.init_reference_points, **CLOSE)
+
+
+@pytest.mark.slow
+def test_looking_forward_once_has_transformers_gradients():
+    """[Deformable DETR App. A.4]  Of the last layer's answer, in every parameter."""
+    torch.manual_seed(0)
+    features = [torch.randn(2, c, h, w) for c, (h, w) in zip(CHANNELS, SIZES)]
+    images, is_pad = torch.randn(2, 3, 96, 160), torch.zeros(2, 96, 160, dtype=torch.bool)
+    net = build_theirs("two_stage", features)
+    cfg = dataclasses.replace(sizes("two_stage"), model="deformable_once")
+    ours, gradients = registry.build(cfg), registry.build(cfg)
+    ours.backbone = gradients.backbone = Stub(features)
+    theirs.copy_weights(net.state_dict(), ours.eval())
+    out = net(images, pixel_mask=(~is_pad).long())
+    answer = ours(images, is_pad).o_decoder[-1]
+    for logits, found in ((out.logits, out.pred_boxes), answer):
+        (logits.sigmoid().square().sum() + found.square().sum()).backward()
+    theirs.copy_weights({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p
+                         in net.named_parameters(remove_duplicate=False)}, gradients)
+    for name, parameter in ours.named_parameters():
+        expected = gradients.get_parameter(name)
+        found = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
+        assert_close(found, expected, atol=1e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+    assert gradients.get_parameter("decoder.box_heads.2.0.weight").abs().max() > 1e-3
+    assert gradients.get_parameter("decoder.box_heads.1.0.weight").abs().max() == 0
 
 
 OFFICIAL = [                            # theirs, the official repository's; tried in this order

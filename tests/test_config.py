@@ -111,7 +111,7 @@ def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--model", "dca"], "--model dca: it must be one of deformable, deformable_fixed, dac, "),
+    (["--model", "dca"], "--model dca: it must be one of deformable, deformable_once, "),
     (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-37 to"),
     (["--queries", "learned", "--dn_number", "5"],
      "--queries learned takes no denoising queries, .*: add --dn_number 0"),
@@ -152,9 +152,11 @@ def test_resume_takes_no_other_flag_but_pause_and_device():
 
 @pytest.mark.parametrize("name, epochs, drop_after", [
     ("paper_r50", 12, 11), ("paper_swin_l", 12, 11), ("release", 12, 11),
-    ("paper_r50_24", 24, 20), ("paper_swin_l_24", 24, 20)])
+    ("paper_r50_24", 24, 20), ("paper_swin_l_24", 24, 20), ("paper_deformable_r50", 12, 11),
+    ("paper_deformable_r50_24", 24, 20), ("paper_deformable_plus_r50_36", 36, 30)])
 def test_schedules_of_the_release(name, epochs, drop_after):
-    """--lr_drop 11 of 12 epochs, 20 of 24: with 100 steps an epoch, step 1100 or 2000 is x 0.1."""
+    """--lr_drop 11 of 12 epochs, 20 of 24, 30 of 36, as in H-DETR's scripts too: with 100 steps an
+    epoch, step 1100 of 1200 is the first with a tenth of the rate."""
     cfg = config.preset(name)
     assert cfg.epochs == epochs and cfg.recipe.drop_at == pytest.approx(drop_after / epochs)
     cfg = dataclasses.replace(cfg, steps=100 * epochs)
@@ -176,6 +178,17 @@ def test_paper_swin_l_is_paper_r50_on_swin_l():
     swin, r50 = config.preset("paper_swin_l"), config.preset("paper_r50")
     assert swin.backbone == "swin_l" and swin.recipe.detections == 300
     assert dataclasses.replace(swin, preset="paper_r50", backbone="resnet50") == r50
+
+
+def test_the_baselines_of_dac_detr_are_h_detrs():
+    """Its scripts: 300 queries, FFN 2048, dropout .1; with tricks, dropout 0."""
+    plain, plus = (config.preset(f"paper_deformable{name}_r50") for name in ("", "_plus"))
+    assert (plain.model, plain.queries) == ("dac_once", "two_stage_unmixed")
+    assert (plus.model, plus.queries) == ("dac", "two_stage")
+    assert (plain.recipe.dropout, plus.recipe.dropout) == (0.1, 0)
+    for cfg in (plain, plus):
+        assert (cfg.recipe.num_queries, cfg.recipe.d_ffn, cfg.dn_number) == (300, 2048, 0)
+        assert (cfg.lr, cfg.batch, cfg.epochs, cfg.recipe.detections) == (2e-4, 16, 12, 100)
 
 
 @pytest.mark.parametrize("name, epochs, drop_after", [

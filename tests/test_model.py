@@ -10,7 +10,14 @@ from helpers import emptied, two_pictures
 TINY = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, encoder_layers=1, decoder_layers=2,
             num_queries=8, num_classes=3)
 PRESETS = {"deformable": "shapes", "conditional": "shapes_conditional"}
-ALL = [(base, name, queries) for base in registry.DECODERS
+
+
+def marked(base, name, *words):
+    """Parameters of a test. Decoders that look forward once differ in gradients alone: slow."""
+    return pytest.param(base, name, *words, marks=[pytest.mark.slow] * name.endswith("_once"))
+
+
+ALL = [marked(base, name, queries) for base in registry.DECODERS
        for name in registry.DECODERS[base] for queries in registry.QUERIES[base]]
 
 
@@ -97,8 +104,9 @@ def test_images_without_objects_are_a_normal_case(base, name, queries, empty):
             assert parameter.grad.isfinite().all(), parameter_name
 
 
-OVERFIT = [("deformable", name, "two_stage", "focal") for name in registry.DECODERS["deformable"]
-           ] + [("deformable", "decoupled", "task_aware", "tal"),
+OVERFIT = [marked("deformable", name, "two_stage", "focal")
+           for name in registry.DECODERS["deformable"]] + [
+                ("deformable", "decoupled", "task_aware", "tal"),
                 ("deformable", "dac", "task_aware", "focal"),
                 ("deformable", "dac_release", "two_stage", "align"),
                 ("conditional", "decoupled", "task_aware", "tal"),

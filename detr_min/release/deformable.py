@@ -1,12 +1,13 @@
-"""Deformable DETR as published: learned queries, two-stage without mixing, and no refinement.
+"""Deformable DETR as published: its queries, its refinement or none, dropout and first weights.
 
 [Deformable DETR Sec. 4.1, App. A.4]. Its weights load into these, and its rows of the papers'
-tables are trained with them. Read `proposals.py` and `decoder_base.py` before.
+tables are trained with them. Read `proposals.py` and `decoder_dac.py` before.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .. import boxes, decoder_base, proposals
+from .. import boxes, decoder_base, decoder_dac, proposals
 
 
 class LearnedQueries(nn.Module):
@@ -61,3 +62,78 @@ class FixedReferenceDecoder(decoder_base.Decoder):
             predictions.append(boxes.Predictions(
                 class_head(x), boxes.refine(queries.ref_boxes, box_head(x))))
         return predictions
+
+
+def look_forward_once(decoder, queries, memory, disperse):
+    """Run a decoder's layers so that the loss of a layer does not reach the layer before.
+
+    [Deformable DETR App. A.4]  b_l = sigmoid(logit(detached b_(l-1)) + delta_l)
+
+    Args:
+        decoder   a decoder_base.Decoder or decoder_dac.DACDecoder
+        queries   Queries; memory a Memory
+        disperse  (layer, (B, N, D)) -> (B, N, D), what comes before cross-attention
+    Returns:
+        [Predictions], one a layer; the boxes are those of the decoder's own pass
+    """
+    x, pos, ref_boxes, predictions = queries.content[0], queries.pos[0], queries.ref_boxes, []
+    for layer, class_head, box_head in zip(decoder.layers, decoder.class_heads, decoder.box_heads):
+        x = layer.gather(disperse(layer, x), pos, ref_boxes, memory)                # (B, N, D)
+        found = boxes.refine(ref_boxes, box_head(x))                                # (B, N, 4)
+        predictions.append(boxes.Predictions(class_head(x), found))
+        ref_boxes = found.detach()
+    return predictions
+
+
+class OnceDecoder(decoder_base.Decoder):
+    """Deformable DETR with refinement, before DINO's "look forward twice"."""
+
+    def o_decoder(self, queries, memory):
+        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer."""
+        return look_forward_once(
+            self, queries, memory,
+            lambda layer, x: layer.disperse(x, queries.pos[0], queries.is_blocked))
+
+
+class OnceDACDecoder(decoder_dac.DACDecoder):
+    """DAC-DETR's two passes on that decoder, as in the first rows of its Table 1."""
+
+    o_decoder = OnceDecoder.o_decoder
+
+    def c_decoder(self, queries, memory):
+        """[DAC Eq. 3]  Decode without self-attention. In training only."""
+        return look_forward_once(self, queries, memory, lambda layer, x: x)
+
+
+def add_dropout(detector, share):
+    """Drop a share of what attention and FFNs of a detector put out, in training; in place.
+
+    As in Deformable DETR's code: after every attention, after the FFN and after its ReLU, and of
+    the weights of self-attention. No parameter is added or renamed.
+    """
+    def drop(part, inputs, output):
+        if isinstance(output, tuple):                           # nn.MultiheadAttention
+            return F.dropout(output[0], share, part.training), output[1]
+        return F.dropout(output, share, part.training)
+
+    for name, part in [*detector.encoder.named_modules(), *detector.decoder.named_modules()]:
+        if name.endswith((".attn", ".self_attn", ".cross_attn", ".ffn", ".ffn.1")):
+            part.register_forward_hook(drop)
+        if isinstance(part, nn.MultiheadAttention):
+            part.dropout = share
+
+
+def start_as_published(detector):
+    """Draw first weights as Deformable DETR's and DAC-DETR's code do, in place.
+
+    The matrices of FFNs, of self-attention's output and of the two-stage projections are
+    Xavier-uniform. All class heads start equal, the encoder's among them; so do the box heads.
+    """
+    for name, part in detector.named_modules():
+        if name.endswith((".ffn.0", ".ffn.2", ".self_attn.out_proj", ".project", ".pos_project")):
+            nn.init.xavier_uniform_(part.weight)
+    of_encoder = getattr(detector.queries, "mini_detector", None)
+    for kind in ("class_head", "box_head"):
+        first, *others = getattr(detector.decoder, f"{kind}s")
+        for head in others + ([getattr(of_encoder, kind)] if of_encoder else []):
+            head.load_state_dict(first.state_dict())

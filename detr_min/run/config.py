@@ -45,7 +45,8 @@ class Recipe:
     num_levels: int = 4
     num_points: int = 4             # sampling points a head and level
     d_ffn: int = 2048
-    dropout: float = 0.0            # on the conditional base; the deformable one trains without
+    dropout: float = 0.0
+    start: str = "torch"            # published: release.deformable.start_as_published
     cell_weight: float = 0.1        # of the mini-detector's loss on the conditional base
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -106,9 +107,9 @@ PRESETS = {
                  num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
                  warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
     "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
-                      detections=300, dn_number=100),
+                      detections=300, dn_number=100, start="published"),
     "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
-                         detections=300, dn_number=100),
+                         detections=300, dn_number=100, start="published"),
 }
 CONDITIONAL = dict(base="conditional", model="conditional", num_levels=1)
 SD_DETR = dict(model="decoupled", queries="task_aware", loss="tal")
@@ -126,7 +127,15 @@ PRESETS["paper_sd_r50"] = {**PRESETS["paper_conditional_r50"], **SD_DETR}   # it
 PRESETS["paper_sd_dc5"] = {**PRESETS["paper_conditional_dc5"], **SD_DETR}   # paper's, the rest its
 for name in ("paper_conditional_r50", "paper_conditional_dc5", "paper_sd_r50", "paper_sd_dc5"):
     PRESETS[f"{name}_12"] = {**PRESETS[name], "epochs": 12, "drop_at": 10 / 12}     # base's code
+PRESETS["paper_deformable_plus_r50"] = {                    # H-DETR's two baselines: with tricks,
+    **PRESETS["paper_r50"], "num_queries": 300, "dn_number": 0, "detections": 100}
+PRESETS["paper_deformable_r50"] = {                         # and plain two-stage Deformable DETR
+    **PRESETS["paper_deformable_plus_r50"], "model": "dac_once", "queries": "two_stage_unmixed",
+    "dropout": 0.1}
 LONG = dict(epochs=24, drop_at=20 / 24)
+for name in ("paper_deformable_plus_r50", "paper_deformable_r50"):
+    PRESETS[f"{name}_24"] = {**PRESETS[name], **LONG}
+    PRESETS[f"{name}_36"] = {**PRESETS[name], "epochs": 36, "drop_at": 30 / 36}
 PRESETS["paper_r50_24"] = {**PRESETS["paper_r50"], **LONG}
 PRESETS["paper_swin_l_24"] = {**PRESETS["paper_swin_l"], **LONG, "weight_decay": 0.05,
                               "swin": (*Recipe().swin[:4], 0.5)}

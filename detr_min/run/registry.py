@@ -16,8 +16,10 @@ from ..release import align_loss, dac_release, deformable, denoising, swin
 DECODERS = {                        # by what they stand on, then by name
     "deformable": {
         "deformable": decoder_base.Decoder,
+        "deformable_once": deformable.OnceDecoder,
         "deformable_fixed": deformable.FixedReferenceDecoder,
         "dac": decoder_dac.DACDecoder,
+        "dac_once": deformable.OnceDACDecoder,
         "dac_release": dac_release.DACReleaseDecoder,
         "decoupled": decoder_decoupled_deformable.DecoupledDecoder,
         "dac_decoupled": decoder_decoupled_deformable.DACDecoupledDecoder,
@@ -81,14 +83,18 @@ def build_deformable(cfg):
     decoder = DECODERS["deformable"][cfg.model](r.decoder_layers, *sizes, r.num_classes)
     queries = QUERIES["deformable"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
                                                  getattr(decoder, "num_sets", 1))
+    parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
+             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder)
+    detector = (denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
+                if cfg.dn_number else model.Detector(*parts))
+    if r.start == "published":
+        deformable.start_as_published(detector)
+    if r.dropout:
+        deformable.add_dropout(detector, r.dropout)
     if cfg.queries == "learned":
         with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
             decoder.box_heads[0][-1].bias[2:] = -2
-    parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
-             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder)
-    if cfg.dn_number:
-        return denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
-    return model.Detector(*parts)
+    return detector
 
 
 def build_conditional(cfg):
