@@ -108,6 +108,8 @@ def set_in(entry, **values):
 BROKEN = {
     "not json": ('{"images": [', r"not valid json \(.*line 1 column 13.*download"),
     "empty file": ("", "not valid json"),
+    "nested": ("[" * 200_000 + "]" * 200_000, "not valid json .*recursion"),
+    "many digits": ('{"images": ' + "9" * 5000 + "}", "not valid json .*digits"),
     "results": ([{"image_id": 11}], "object-detection json is expected"),
     "no annotations": (broken(lambda c: c.pop("annotations")), "test images have no annotations"),
     "no categories": (broken(lambda c: c.pop("categories")), "needs the lists .*categories"),
@@ -142,10 +144,18 @@ def test_broken_json_is_refused_in_one_sentence(tmp_path, case):
 @pytest.mark.parametrize("change, sentence", [
     ({"categories": []}, "has no categories"),
     ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]},
-     "name cat more than once"),
+     "name 'cat' more than once"),
     ({"images": [5]}, "one of images is no COCO entry: 5"),
     ({"iscrowd": "0"}, "iscrowd must be 0 or 1, not '0'"),
-    ({"area": "1"}, "area must be a finite number, not '1'"),
+    ({"area": "1"}, "area must be a finite number of pixels, not '1'"),
+    ({"area": 10 ** 400}, "area must be a finite number of pixels, not 1000.*0000$"),
+    ({"bbox": [1, 2, 10 ** 400, 4]}, r"four finite numbers of pixels .* not \[1, 2, 10.*00, 4\]$"),
+    ({"images": [{"id": 10 ** 400, "file_name": "a", "width": 1, "height": 1}]},
+     "one of images has the id 10.*00, which is beyond 2.53"),
+    ({"images": [{"id": 1, "file_name": "\ud800.png", "width": 1, "height": 1}]},
+     r"file_name '\\ud800.png', which holds half a character: written in another"),
+    ({"categories": [{"id": 1, "name": "\udfff"}]}, r"name '\\udfff', which holds half a char"),
+    ({"categories": [{"id": 1, "name": [[[[[[[[]]]]]]]]}]}, "one of categories has no name"),
     ({"image_id": "1"}, "image_id '1' is not in images.*text for a number"),
     ({"category_id": {}}, "category_id {} is not in categories")])
 def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
@@ -155,8 +165,9 @@ def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
              "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]}
     name = next(iter(change))
     (whole if name in whole else whole["annotations"][0]).update(change)
-    with pytest.raises(coco_folder.DataError, match=sentence):
+    with pytest.raises(coco_folder.DataError, match=sentence) as error:
         coco_folder.check(whole, "some.json")
+    assert len(str(error.value)) < 400
 
 
 def test_missing_folders_and_files_are_named(tmp_path):

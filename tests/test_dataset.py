@@ -140,6 +140,7 @@ def test_only_chosen_pictures_need_be_on_disk(tmp_path):
 
 def test_impossible_parts_are_refused(tmp_path):
     write_coco(tmp_path, GOOD, "train")
+    write_coco(tmp_path, GOOD, "val")
     for arguments, sentence in (
             ({"num_images": 5}, "has 4 images; asked for 5"),
             ({"num_images": -1}, "has 4 images; asked for -1"),
@@ -150,6 +151,56 @@ def test_impossible_parts_are_refused(tmp_path):
             dataset.open_folder(tmp_path, "train", KEEP_SIZE, **arguments)
     with pytest.raises(coco_folder.DataError, match="asked for 0 images of shapes"):
         dataset.open_shapes("train", KEEP_SIZE, 0)
+
+
+# ---------------------------------------------------------------- no validation json
+
+def many(n):
+    """A json of n images without objects, two classes."""
+    return {"images": [{"id": i, "file_name": "11.png", "width": 60, "height": 40}
+                       for i in range(1, n + 1)],
+            "categories": GOOD["categories"], "annotations": [annotation(1, n, 3, [1, 1, 9, 9])]}
+
+
+def test_a_share_is_held_out_where_there_is_no_validation_json(tmp_path):
+    write_coco(tmp_path, many(20), "train")
+    train, val = (dataset.open_folder(tmp_path, split, KEEP_SIZE) for split in ("train", "val"))
+    assert (len(train), len(val)) == (16, 4)                            # a fifth
+    assert sorted(train.image_ids + val.image_ids) == list(range(1, 21))
+    assert val.is_held_out and not train.is_held_out
+    for share, number in ((0.01, 1), (0.12, 2), (0.5, 10), (0.99, 19)):     # never none, never all
+        val = dataset.open_folder(tmp_path, "val", KEEP_SIZE, val_share=share)
+        assert len(val) == number
+
+
+def test_held_out_images_follow_from_the_seed_alone(tmp_path):
+    """Not from how many or which classes are trained, nor from the order of the json."""
+    write_coco(tmp_path / "a", many(20), "train")
+    coco = many(20)
+    coco["images"].reverse()
+    write_coco(tmp_path / "b", coco, "train")
+    val = {seed: set(dataset.open_folder(tmp_path / "a", "val", KEEP_SIZE, seed=seed).image_ids)
+           for seed in range(4)}
+    assert len({tuple(sorted(ids)) for ids in val.values()}) > 1
+    for seed, ids in val.items():
+        again = dataset.open_folder(tmp_path / "b", "val", KEEP_SIZE, seed=seed)
+        assert set(again.image_ids) == ids
+        for n in (1, 7, 16):
+            part = dataset.open_folder(tmp_path / "a", "train", KEEP_SIZE, n, seed=seed)
+            assert len(part) == n and not ids & set(part.image_ids)
+        if 20 not in ids:                                               # where the only cat is
+            cats = dataset.open_folder(tmp_path / "a", "train", KEEP_SIZE, 0, ["cat"], seed)
+            assert cats.image_ids == [20]
+
+
+def test_too_few_images_to_hold_some_out_are_refused(tmp_path):
+    write_coco(tmp_path / "one", many(1), "train")
+    with pytest.raises(coco_folder.DataError, match="has 1 image.* and there is no validation"):
+        dataset.open_folder(tmp_path / "one", "train", KEEP_SIZE)
+    write_coco(tmp_path / "ten", many(10), "train")
+    with pytest.raises(coco_folder.DataError, match="has 8 images beside the 2 held out for valid"
+                                                    "ation; asked for 9"):
+        dataset.open_folder(tmp_path / "ten", "train", KEEP_SIZE, 9)
 
 
 # ---------------------------------------------------------------- chance

@@ -1,13 +1,14 @@
 """A COCO folder on disk: its json is checked, its pictures are read, errors are one sentence.
 
-Read after `shapes.py`; `dataset.py` serves what is read here.
+Read after `layouts.py`; `dataset.py` serves what is read here.
 """
 import collections
 import contextlib
 import io
 import json
-import math
+import os
 import posixpath
+import reprlib
 import warnings
 
 import numpy as np
@@ -15,32 +16,31 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 
+MOST_PX = 10**6            # sides of pictures and numbers of boxes: float32 keeps these apart
+MOST_ID = 2**53            # float64, in which pycocotools stores ids, keeps these apart
+SHORT = reprlib.Repr()     # of whatever a json holds, for a sentence
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
+SHORT.maxdict = 10
+
+
 class DataError(ValueError):
     """A fault in the data in one sentence: which file, which image or box, the likely mistake."""
-
-
-def find(root, split):
-    """The folder of pictures and the json of a split, in COCO's own layout or the plain one."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: the one that holds annotations/ is expected")
-    pairs = [(root / name, root / "annotations" / f"instances_{name}.json")
-             for name in (f"{split}2017", split)]
-    for folder, path in pairs:
-        if path.is_file() and not folder.is_dir():
-            raise FileNotFoundError(f"{path} is there but not its pictures: {folder} is no folder")
-        if path.is_file():
-            return folder, path
-    hint = "" if split == "val" else (
-        "; where only val is at hand, link or copy its pictures and its json under the train names "
-        "(AP is then of images trained on)")
-    raise FileNotFoundError(f"neither {pairs[0][1]} nor {pairs[1][1]} exists{hint}")
 
 
 def read_json(path):
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid json ({error}): an interrupted download?") from None
+
+
+def is_number(x, most):
+    return type(x) in (int, float) and -most <= x <= most
+
+
+def is_text(x):
+    """Whether it is text that can be written: json may hold halves of characters, surrogates."""
+    return type(x) is str and not any("\ud800" <= letter <= "\udfff" for letter in x)
 
 
 def check(data, path):
@@ -53,27 +53,38 @@ def check(data, path):
     for name in lists:
         for entry in data[name]:
             if not isinstance(entry, dict) or isinstance(entry.get("id"), (list, dict)):
-                raise DataError(f"{path}: one of {name} is no COCO entry: {entry}")
+                raise DataError(f"{path}: one of {name} is no COCO entry: {SHORT.repr(entry)}")
+    data["categories"] = without_groups(data)
     if not data["categories"]:
         raise DataError(f"{path} has no categories: there is nothing to learn to tell apart")
     for name, key in (*((name, "id") for name in lists), ("categories", "name")):
-        values = collections.Counter(str(entry[key]) for entry in data[name] if key in entry)
+        values = collections.Counter(entry[key] for entry in data[name]
+                                     if isinstance(entry.get(key), (int, str)))
         if values and max(values.values()) > 1:
-            raise DataError(f"{path}: {name} has the {key} {values.most_common(1)[0][0]} more than "
-                            "once: two jsons put together?")
+            twice = SHORT.repr(values.most_common(1)[0][0])
+            raise DataError(f"{path}: {name} has the {key} {twice} more than once: two jsons put "
+                            "together?")
     for name, key, kind in (("images", "id", int), ("images", "file_name", str),
                             ("images", "width", int), ("images", "height", int),
                             ("categories", "id", int), ("categories", "name", str)):
         for entry in data[name]:
-            if type(entry.get(key)) is not kind:
-                raise DataError(f"{path}: one of {name} has no {key} ({kind.__name__}): {entry}")
+            value = entry.get(key)
+            if type(value) is not kind:
+                raise DataError(f"{path}: one of {name} has no {key} ({kind.__name__}): "
+                                f"{SHORT.repr(entry)}")
+            if kind is int and not is_number(value, MOST_ID):
+                raise DataError(f"{path}: one of {name} has the {key} {SHORT.repr(value)}, which "
+                                "is beyond 2^53")
+            if kind is str and not is_text(value):
+                raise DataError(f"{path}: one of {name} has the {key} {SHORT.repr(value)}, which "
+                                "holds half a character: written in another encoding?")
     for entry in data["images"]:
         name = entry["file_name"].replace("\\", "/")
         inside = posixpath.normpath(f"pictures/{name}")             # as seen from the root
         if not name or name[0] == "/" or ":" in name.split("/")[0] or inside.startswith(".."):
             raise DataError(f"{path}: image {entry['id']} has the file_name "
-                            f"{entry['file_name']!r}, which leaves the data set's folder: give it "
-                            "relative to the folder of pictures")
+                            f"{SHORT.repr(entry['file_name'])}, which leaves the data set's "
+                            "folder: give it relative to the folder of pictures")
     images = {entry["id"]: entry for entry in data["images"]}
     known = {entry["id"] for entry in data["categories"]}
     outside = 0
@@ -82,22 +93,26 @@ def check(data, path):
         image_id, category_id = a.get("image_id"), a.get("category_id")
         image = images.get(image_id) if type(image_id) is int else None
         if image is None:
-            fault = f"image_id {image_id!r} is not in images: a json cut down, text for a number?"
+            fault = (f"image_id {SHORT.repr(image_id)} is not in images: a json cut down, text for "
+                     "a number?")
         elif type(category_id) is not int or category_id not in known:
-            fault = f"category_id {category_id!r} is not in categories: a label, not an id?"
+            fault = (f"category_id {SHORT.repr(category_id)} is not in categories: a label, not an "
+                     "id?")
         elif a.get("iscrowd", 0) not in (0, 1):
-            fault = f"iscrowd must be 0 or 1, not {a['iscrowd']!r}"
-        elif type(area) not in (int, float) or not math.isfinite(area):
-            fault = f"area must be a finite number, not {area!r}"
+            fault = f"iscrowd must be 0 or 1, not {SHORT.repr(a['iscrowd'])}"
+        elif not is_number(area, MOST_PX**2):
+            fault = f"area must be a finite number of pixels, not {SHORT.repr(area)}"
         elif not isinstance(box, list):
             fault = "it has no bbox: a json of captions?"
-        elif len(box) != 4 or not all(type(x) in (int, float) and math.isfinite(x) for x in box):
-            fault = f"bbox must be four finite numbers x, y, width, height, not {box}"
+        elif len(box) != 4 or not all(is_number(x, MOST_PX) for x in box):
+            fault = ("bbox must be four finite numbers of pixels x, y, width, height, not "
+                     + SHORT.repr(box))
         else:
             x2, y2 = box[0] + box[2], box[1] + box[3]
             outside += x2 > image["width"] + 1 or y2 > image["height"] + 1 or max(box) <= 1
             continue
-        raise DataError(f"{path}: annotation {a.get('id')} of image {a.get('image_id')}: {fault}")
+        raise DataError(f"{path}: annotation {SHORT.repr(a.get('id'))} of image "
+                        f"{SHORT.repr(image_id)}: {fault}")
     if outside > len(data["annotations"]) / 5:
         warnings.warn(f"{path}: {outside} of {len(data['annotations'])} boxes leave their image or "
                       "are inside its first pixel: are they corners x1, y1, x2, y2 or in [0, 1]? "
@@ -105,11 +120,21 @@ def check(data, path):
     return data
 
 
+def without_groups(data):
+    """The classes. Roboflow adds a group, the supercategory of them all, which no object has."""
+    used = {a["category_id"] for a in data["annotations"] if type(a.get("category_id")) is int}
+    kinds = [c.get("supercategory") for c in data["categories"]]
+    return [c for c in data["categories"] if c.get("supercategory") != "none"
+            or c.get("id") in used or c.get("name") not in kinds]
+
+
 def index_json(data):
     """pycocotools' object for a checked json: the keys it needs filled in, its prints dropped.
-    If an annotation has no id or 0, all get new ones: an object with id 0 never counts as found."""
+    If an annotation has no id, 0 or no integer, all get new ones: an object with id 0 never counts
+    as found."""
     data.setdefault("info", {})
-    renumber = not all(a.get("id") for a in data["annotations"])
+    renumber = not all(type(a.get("id")) is int and 0 < abs(a["id"]) <= MOST_ID
+                       for a in data["annotations"])
     for number, a in enumerate(data["annotations"], 1):
         a.setdefault("iscrowd", 0)
         a.setdefault("area", a["bbox"][2] * a["bbox"][3])
@@ -121,18 +146,47 @@ def index_json(data):
     return coco
 
 
+def check_picture(root, folder, image, path):
+    """Refuse an image of the json at `path` whose picture is not there, or not to be used.
+
+    Raises:
+        DataError, FileNotFoundError: naming the picture and the image's id
+    """
+    w, h = image["width"], image["height"]
+    if not (0 < min(w, h) <= max(w, h) <= MOST_PX and 1 / 200 < w / h < 200):
+        raise DataError(f"{path}: image {image['id']} has {w}x{h} pixels, too thin or too large to "
+                        "be resized: leave it out")
+    file = folder / image["file_name"]
+    try:
+        real = os.path.realpath(file)
+        is_there = os.path.isfile(real) and os.path.getsize(real)
+    except (OSError, ValueError):               # a name that is too long, or no name at all
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError(f"{file} (image id {image['id']}) is in {path} but missing or "
+                                "empty on disk: an interrupted download?")
+    if not any(real.startswith(os.path.join(os.path.realpath(f), "")) for f in (folder, root)):
+        raise DataError(f"{file} (image id {image['id']}) is {real}, outside the data set's folder:"
+                        " copy it there, or link the whole folder of pictures")
+
+
 def read_picture(folder, image):
     """An image of the json as a PIL picture, RGB, in the frame of its boxes: the EXIF tag that
     turns pictures counts only if the json's size equals the turned size and not the stored one."""
-    path, size = folder / image["file_name"], (image["width"], image["height"])
+    path, size, rgb = folder / image["file_name"], (image["width"], image["height"]), None
     try:
         with Image.open(path) as file:
-            rgb = to_rgb(file if file.size == size else ImageOps.exif_transpose(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} (image id {image['id']}) cannot be read ({error}): an interrupted "
-                        "download?") from None
-    if rgb.size != size:
-        raise DataError(f"{path} (image id {image['id']}) has {rgb.width}x{rgb.height} pixels but "
+            stored = file.size
+            if file.format == "EPS":
+                raise ValueError("it is PostScript, a program")
+            if size in (stored, stored[::-1]):                  # else it need not be decoded
+                rgb = to_rgb(file if stored == size else ImageOps.exif_transpose(file))
+    except Exception as error:                                  # Pillow raises many kinds
+        raise DataError(f"{path} (image id {image['id']}) cannot be read "
+                        f"({str(error) or type(error).__name__}): an interrupted download?"
+                        ) from None
+    if not rgb or rgb.size != size:
+        raise DataError(f"{path} (image id {image['id']}) has {stored[0]}x{stored[1]} pixels but "
                         f"{size[0]}x{size[1]} in the json: resized without its boxes?")
     return rgb
 

@@ -5,6 +5,7 @@ Category ids become labels here and nowhere else; boxes become cxcywh in [0, 1] 
 """
 import difflib
 import functools
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from . import batches, coco_folder, shapes, transforms
+from . import batches, coco_folder, layouts, shapes, transforms
 
 CACHE_BYTES = 2**30        # decoded pictures kept in memory by a data set, all its workers together
 
@@ -32,6 +33,8 @@ class Detections(torch.utils.data.Dataset):
     Flip, size and crop are a pure function of (seed, epoch, index): workers, ranks and resumed runs
     see the same pictures. `read(json image)` gives a PIL picture; it is kept while there is room.
     """
+
+    is_held_out = False        # True: a part of the training json, which alone is there
 
     def __init__(self, coco, image_ids, categories, read, transform, seed):
         self.coco, self.image_ids, self.categories = coco, image_ids, categories
@@ -91,18 +94,52 @@ def draw_shapes(split, size_px, seed, image):
     return shapes.draw(shapes.scene(seed, split, image["id"] - 1, size_px))
 
 
-def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
-    """A COCO folder: {train,val}2017/ and annotations/instances_{train,val}2017.json, or the same
-    names without 2017.
+def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, val_share=0.2):
+    """A folder in COCO's layout or one near it (docs/data.md), its "train" or "val" split.
 
     Args:
         num_images   how many, drawn by the seed; 0 is all. Fewer images are a part of more images
         class_names  none is all. train: only images with one of these classes; val: all images
+        val_share    where there is no validation json: the share of all images that are val
     Raises:
         DataError, FileNotFoundError: one sentence, for all that can be known without decoding.
     """
-    folder, path = coco_folder.find(pathlib.Path(root), split)
+    root = pathlib.Path(root)
+    part = layouts.find(root, split)
+    path = part.path
     coco = coco_folder.index_json(coco_folder.check(coco_folder.read_json(path), path))
+    categories = chosen_categories(coco, class_names, path)
+    image_ids = list(coco.imgs)
+    if part.is_shared and len(image_ids) == 1:
+        raise coco_folder.DataError(f"{path} has 1 image, and there is no validation json: two "
+                                    "images are the least, one to train on and one to validate")
+    if part.is_shared:
+        held = held_out(image_ids, val_share, seed)
+        image_ids = [i for i in image_ids if (i in held) == (split == "val")]
+    if class_names and split == "train":
+        ids = {category["id"] for category in categories}
+        image_ids = [i for i in image_ids if any(a["category_id"] in ids and not a["iscrowd"]
+                                                 for a in coco.imgToAnns.get(i, []))]
+    if not image_ids or not 0 <= num_images <= len(image_ids):
+        of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
+        rest = f" beside the {len(held)} held out for validation" if part.is_shared else ""
+        raise coco_folder.DataError(f"{path} has {len(image_ids)} images{of}{rest}; asked for "
+                                    f"{num_images or 'all'}")
+    if num_images:
+        order = torch.randperm(len(image_ids), generator=batches.generator(seed))
+        image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
+    first = coco.imgs[image_ids[0]]["file_name"]
+    folder = next((f for f in part.folders if os.path.isfile(f / first)), part.folders[0])
+    for i in image_ids:
+        coco_folder.check_picture(root, folder, coco.imgs[i], path)
+    read = functools.partial(coco_folder.read_picture, folder)
+    opened = Detections(coco, image_ids, categories, read, transform, seed)
+    opened.is_held_out = part.is_shared and split == "val"
+    return opened
+
+
+def chosen_categories(coco, class_names, path):
+    """The classes of a json by ascending id: all, or those of these names."""
     categories = sorted(coco.dataset["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
     for name in set(class_names) - set(names):
@@ -110,31 +147,16 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0):
         hint = f", did you mean {near[0]!r}?" if near else "."
         raise coco_folder.DataError(f"{path} has no class {name!r}{hint} It has: "
                                     + ", ".join(names))
-    categories = [{"id": category["id"], "name": category["name"]} for category in categories
-                  if not class_names or category["name"] in class_names]
-    image_ids = list(coco.imgs)
-    if class_names and split == "train":
-        ids = {category["id"] for category in categories}
-        image_ids = [i for i in image_ids if any(a["category_id"] in ids and not a["iscrowd"]
-                                                 for a in coco.imgToAnns.get(i, []))]
-    if not image_ids or not 0 <= num_images <= len(image_ids):
-        of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
-        raise coco_folder.DataError(f"{path} has {len(image_ids)} images{of}; asked for "
-                                    f"{num_images or 'all'}")
-    if num_images:
-        order = torch.randperm(len(image_ids), generator=batches.generator(seed))
-        image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
-    for i in image_ids:
-        w, h = coco.imgs[i]["width"], coco.imgs[i]["height"]
-        if not 1 / 200 < w / max(h, 1) < 200:
-            raise coco_folder.DataError(f"{path}: image {i} has {w}x{h} pixels, too thin to be "
-                                        "resized: leave it out")
-        file = folder / coco.imgs[i]["file_name"]
-        if not file.is_file() or not file.stat().st_size:
-            raise FileNotFoundError(f"{file} (image id {i}) is in {path} but missing or empty on "
-                                    "disk: an interrupted download?")
-    read = functools.partial(coco_folder.read_picture, folder)
-    return Detections(coco, image_ids, categories, read, transform, seed)
+    return [{"id": category["id"], "name": category["name"]} for category in categories
+            if not class_names or category["name"] in class_names]
+
+
+def held_out(image_ids, share, seed):
+    """The ids that validate where a folder has no validation json: the same for the same images,
+    share and seed, whatever their order and whichever of the rest are trained on."""
+    order = torch.randperm(len(image_ids), generator=batches.generator(seed)).tolist()
+    number = min(max(round(share * len(image_ids)), 1), len(image_ids) - 1)
+    return {sorted(image_ids)[i] for i in order[:number]}
 
 
 def relabel(dataset, categories):

@@ -1,0 +1,105 @@
+"""Which layout a folder of data has: where the json and the pictures of a split lie.
+
+docs/data.md shows the layouts. A folder in YOLO's or Pascal VOC's is refused with the lines that
+convert it. Read after nothing; `coco_folder.py` reads what is found here.
+"""
+import pathlib
+from typing import NamedTuple
+
+SPLITS = {"train": "train", "train2017": "train", "val": "val", "valid": "val", "val2017": "val"}
+OTHERS = (      # layout, supervision's reader, its label files and where these lie, the pictures
+    ("YOLO", "from_yolo", "labels", "*.txt", "images"),
+    ("YOLO", "from_yolo", "labels/{}", "*.txt", "images/{}"),
+    ("YOLO", "from_yolo", "{}/labels", "*.txt", "{}/images"),
+    ("Pascal VOC", "from_pascal_voc", "Annotations", "*.xml", "JPEGImages"),
+    ("Pascal VOC", "from_pascal_voc", "{}", "*.xml", "{}"))
+
+
+class Part(NamedTuple):
+    """A split of a data set on disk."""
+    path: pathlib.Path         # its json
+    folders: list              # where its pictures may lie, the likeliest first
+    is_shared: bool = False    # True: the json is all there is, and val is held out of it
+
+
+def find(root, split):
+    """Find a split, "train" or "val", in a folder of any layout that is read here. -> Part
+
+    Raises:
+        FileNotFoundError: what is missing, or how to convert what is there instead
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder: the one that holds annotations/ is expected")
+    train, val = own_json(root, "train"), own_json(root, "val")
+    if not train and not val:
+        train = only_json(root)
+    found = val if split == "val" and val else train
+    if not found:
+        names = (root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", ""))
+        raise FileNotFoundError(
+            "neither " + " nor ".join(map(str, names)) + " exists" + (
+                "; where only val is at hand, link or copy its pictures and its json under the "
+                "train names (AP is then of images trained on)" if val else what_lies_in(root)))
+    return found._replace(is_shared=not val)
+
+
+def own_json(root, split):
+    """A json that is there for this split: COCO's own layout, the plain one, or Roboflow's."""
+    for name in (f"{split}2017", split):
+        path, folder = root / "annotations" / f"instances_{name}.json", root / name
+        if path.is_file() and not folder.is_dir():
+            raise FileNotFoundError(f"{path} is there but not its pictures: {folder} is no folder")
+        if path.is_file():
+            return Part(path, [folder])
+    folders = [root / name for name, its_split in SPLITS.items() if its_split == split]
+    return next((Part(folder / "_annotations.coco.json", [folder]) for folder in folders
+                 if (folder / "_annotations.coco.json").is_file()), None)
+
+
+def only_json(root):
+    """The json of a folder that holds just one, with pictures in one of the folders beside it."""
+    paths = [*root.glob("*.json"), *root.glob("annotations/*.json")]
+    return Part(paths[0], [root / "images", root, *subfolders(root), *subfolders(root / "images")]
+                ) if len(paths) == 1 else None
+
+
+def subfolders(folder):
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def what_lies_in(root):
+    """Say what a folder without a json of its own holds, to go on the sentence that it has none."""
+    paths = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
+    if paths:
+        shown = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
+        return f"; of its {len(paths)} jsons ({shown}), name the one to train on as above"
+    if lines := conversion(root):
+        return lines
+    inner = next((folder for folder in subfolders(root) if own_json(folder, "train")
+                  or own_json(folder, "val") or conversion(folder)), None)
+    return f"; is {inner} meant?" if inner else ""
+
+
+def conversion(root):
+    """The lines of Python that bring a YOLO or Pascal VOC folder into COCO layout, or ""."""
+    copy = root.parent / f"{root.resolve().name}_coco"
+    lines, seen = [], ""
+    yaml = min(root.glob("*.y*ml"), default=root / "data.yaml")
+    for layout, reader, labels, pattern, pictures in OTHERS:
+        for name, split in SPLITS.items() if "{" in labels else [("", "train")]:
+            folder = root / labels.format(name)
+            if any(folder.glob(pattern)):
+                seen = seen or f"{layout} ({folder / pattern})"
+                places = [root / pictures.format(name), folder] + [yaml] * (layout == "YOLO")
+                to = copy / split, copy / "annotations" / f"instances_{split}.json"
+                reading, writing = (", ".join(repr(str(place)) for place in paths)
+                                    for paths in (places, to))
+                lines.append(f"DetectionDataset.{reader}({reading}).as_coco({writing})")
+    if not lines:
+        return ""
+    needs_names = "from_yolo" in lines[0] and not yaml.is_file()
+    return (f"; this is {seen}, which these lines of Python convert (pip install supervision) for "
+            f"--coco {copy}"
+            + f", after you wrote the class names into {yaml} (names: [cat, dog])" * needs_names
+            + "\n    from supervision import DetectionDataset"
+            + "".join(f"\n    {line}" for line in lines))
