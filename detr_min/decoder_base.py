@@ -23,7 +23,9 @@ class DecoderLayer(nn.Module):
     def disperse(self, queries, query_pos, is_blocked=None):
         """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
 
-        [DAC Eq. 1]  Q~ = Q + Att_self(Que(Q), Key(Q), Val(Q)); is_blocked as in proposals.Queries
+        [DAC Eq. 1]  Q~_O^l = Q_O^l + Att_self(Que(Q_O^l), Key(Q_O^l), Val(Q_O^l))
+
+        is_blocked as in proposals.Queries
         """
         qk = queries + query_pos
         read, _ = self.self_attn(qk, qk, queries, attn_mask=is_blocked, need_weights=False)
@@ -32,7 +34,7 @@ class DecoderLayer(nn.Module):
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Cross-attention and FFN: each query reads the image on its own. (B, N, D) -> (B, N, D)
 
-        [DAC Eq. 2]  Q' = FFN(Q~ + Att_cross(Que(Q~), Key(Z), Val(Z)))
+        [DAC Eq. 2]  Q_O^(l+1) = FFN(Q~_O^l + Att_cross(Que(Q~_O^l), Key(Z), Val(Z)))
 
         Deformable attention has no keys: Que says where to read the values Val(Z). The norms, and
         the residual around the FFN, are the release's; the equation leaves them out.

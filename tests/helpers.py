@@ -39,6 +39,17 @@ def shaken(module, generator, by=0.2):
     return module
 
 
+def on_paper(module):
+    """Every weight 1, every bias 0, no norms: in width 1, a module to follow with a pencil."""
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, torch.nn.LayerNorm):
+                setattr(part, name, torch.nn.Identity())
+    for name, parameter in module.named_parameters():
+        torch.nn.init.constant_(parameter, 0 if "bias" in name else 1)
+    return module.double()
+
+
 def sigmoid(z):
     return 1 / (1 + math.exp(-z))
 

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 import helpers
 from detr_min import boxes, decoder_base, encoder, proposals
-from helpers import EXACT, nudge_query_0, padded_memory, random, randomise, reordered
+from helpers import (EXACT, f64, memory_of, nudge_query_0, on_paper, padded_memory, random,
+                     randomise, reordered)
 
 B, N, D, C = 2, 5, 8, 3
 
@@ -27,6 +28,30 @@ def a_decoder():
 
 def a_layer():
     return randomise(decoder_base.DecoderLayer(D, 2, 2, 3, 16))
+
+
+def test_disperse_worked_by_hand():
+    """[DAC Eq. 1] Two queries of width 1; every weight is 1, but Que's is log 3."""
+    layer = on_paper(decoder_base.DecoderLayer(1, 1, 1, 1, 1))
+    layer.self_attn.in_proj_weight.data[0] = math.log(3)
+    queries, pos = f64(2, 6)[None, :, None], f64(-2, -5)[None, :, None]
+    # with positions they are 0 and 1, so Que is 0 and log 3, Key is 0 and 1
+    # query 1: Que Key = 0, 0;      shares 1/2, 1/2;  reads (2 + 6)/2 = 4;    2 + 4 = 6
+    # query 2: Que Key = 0, log 3;  shares 1/4, 3/4;  reads 2/4 + 18/4 = 5;   6 + 5 = 11
+    assert_close(layer.disperse(queries, pos), f64(6, 11)[None, :, None], **EXACT)
+
+
+def test_gather_worked_by_hand():
+    """[DAC Eq. 2] Two queries at the first of four cells, which hold 2, 6, 4 and 5."""
+    layer = on_paper(decoder_base.DecoderLayer(1, 1, 1, 1, 1))
+    layer.cross_attn.sampling_offsets.weight.data = f64([.25], [0])       # x, y
+    layer.ffn[0].bias.data.fill_(-8)                                    # FFN(x) = x + max(x - 8, 0)
+    memory = memory_of([f64(2, 6, 4, 5)[None, None, None]])
+    queries, pos = f64(6, 11)[None, :, None], f64(-2, -5)[None, :, None]
+    points = f64(.125, .5).expand(1, 2, 2)
+    # query 1: (6 - 2)/4 = 1 cell to the right, 6;           6 + 6 = 12;   FFN: 12 + 4 = 16
+    # query 2: (11 - 5)/4 = 1.5 cells, (6 + 4)/2 = 5;        11 + 5 = 16;  FFN: 16 + 8 = 24
+    assert_close(layer.gather(queries, pos, points, memory), f64(16, 24)[None, :, None], **EXACT)
 
 
 def test_disperse_by_definition():

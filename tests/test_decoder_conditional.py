@@ -1,11 +1,14 @@
 """Conditional DETR's decoder by definition, and the whole model against transformers."""
+import math
+
 import helpers
 import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import backbone, decoder_conditional
+from detr_min import backbone, decoder_conditional, proposals_conditional
 from detr_min.run import config, registry
+from helpers import f64
 
 D, H, N, C = 32, 4, 6, 3
 SIZES = dict(num_layers=3, num_classes=C, d_model=D, num_heads=H, d_ffn=48)
@@ -13,6 +16,37 @@ SIZES = dict(num_layers=3, num_classes=C, d_model=D, num_heads=H, d_ffn=48)
 @pytest.fixture
 def plain(generator):
     return helpers.shaken(decoder_conditional.ConditionalDecoder(**SIZES), generator)
+
+
+def test_plain_decoder_worked_by_hand():
+    """[SD Eq. 1]  Two layers of width 1, where two cells hold 4 and 8 and lie at 0 and 1.
+
+    Weights are 1, except: self-attention's queries log 3, cross-attention compares positions only.
+    """
+    decoder = helpers.on_paper(decoder_conditional.ConditionalDecoder(2, 1, 1, 1, 1))
+    first, second = decoder.layers
+    first.self_attn.q_content.weight.data.fill_(math.log(3))
+    first.self_attn.q_pos.weight.data.fill_(math.log(3))
+    second.self_attn.v_proj.weight.data.zero_()         # the second's self-attention reads 0
+    first.cross_attn.q_pos.weight.data.zero_()
+    for layer in decoder.layers:
+        layer.cross_attn.q_content.weight.data.zero_()
+        layer.cross_attn.q_spatial.weight.data.fill_(2 ** .5 * math.log(3))     # / sqrt(2D/H) below
+        layer.ffn[0].bias.data.fill_(-16)                       # FFN(x) = x + max(x - 16, 0)
+    decoder.query_scale[0].bias.data.fill_(-11)                 # T = max(x - 11, 0)
+    memory = helpers.memory_of([f64(4, 8)[None, None, None]])._replace(pos=f64([[0], [1]]))
+    content, pos, spatial = (f64(*x)[None, None, :, None] for x in ((2, 6), (-2, -5), (1, 0)))
+    queries = proposals_conditional.Queries(content, pos, spatial, f64([[.5, .5], [.5, .5]]), None)
+    # layer 1, self-attention: with positions 0 and 1; shares 1/2, 1/2 and 1/4, 3/4
+    #          2 + 4 = 6,  6 + 5 = 11
+    #          cross-attention, T = 1: exp(log 3 * 1 * position) = 1, 3; shares 1/4, 3/4, reads 7
+    #          the other query's e is 0: shares 1/2, 1/2, reads 6;  6 + 7 = 13,  11 + 6 = 17
+    #          FFN: 13,  17 + 1 = 18
+    # layer 2, T = 13 - 11 = 2: exp(log 3 * 2 * position) = 1, 9; reads (4 + 9 * 8)/10 = 7.6
+    #          13 + 7.6 = 20.6,  18 + 6 = 24;     FFN: 20.6 + 4.6 = 25.2,  24 + 8 = 32
+    for layer, expected in zip(decoder.o_decoder(queries, memory), [(13, 18), (25.2, 32)],
+                               strict=True):
+        assert_close(layer.logits[0, :, 0], f64(*expected), **helpers.EXACT)
 
 
 def test_plain_decoder_by_definition(plain, generator):
@@ -36,6 +70,16 @@ def test_padding_changes_nothing(plain, generator):
     noise = memory._replace(tokens=memory.tokens + 9 * memory.is_pad[..., None],
                             pos=memory.pos - 9 * memory.is_pad[..., None])
     assert_close(plain.o_decoder(queries, memory), plain.o_decoder(queries, noise), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", registry.DECODERS["conditional"])
+def test_a_single_layer_has_no_parameter_without_a_gradient(name):
+    """T is 1 in the first layer. Several processes stop at a parameter that gets no gradient."""
+    decoder = registry.DECODERS["conditional"][name](1, D, H, 48, C)
+    queries = helpers.conditional_queries(D, N)
+    [answer] = decoder.double().o_decoder(queries, helpers.conditional_memory(D))
+    (answer.logits.square().sum() + answer.boxes.sum()).backward()
+    assert not [key for key, p in decoder.named_parameters() if p.grad is None]
 
 
 def paper(**changes):

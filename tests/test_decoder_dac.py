@@ -4,6 +4,7 @@ Everything in float64, on two feature levels; the second image of the batch is p
 """
 import difflib
 import inspect
+import math
 import pathlib
 import re
 
@@ -12,8 +13,8 @@ import torch
 from torch.testing import assert_close
 
 import helpers
-from detr_min import boxes, decoder_base, decoder_dac
-from helpers import EXACT, nudge_query_0, padded_memory, reordered, shaken
+from detr_min import boxes, decoder_base, decoder_dac, proposals
+from helpers import EXACT, f64, memory_of, nudge_query_0, on_paper, padded_memory, reordered, shaken
 
 SIZES = dict(num_layers=3, d_model=32, num_heads=4, num_levels=2, num_points=2, d_ffn=48,
              num_classes=3)
@@ -31,6 +32,48 @@ def some_queries():
 @pytest.fixture
 def decoder(generator):
     return shaken(decoder_dac.DACDecoder(**SIZES), generator)
+
+
+# --- by hand: two queries of width 1, and four cells that hold 2, 6, 4 and 5 ----------------------
+
+def decoder_on_paper(num_layers):
+    """Weights are 1, but Que's of the self-attention log 3; FFN(x) = x + max(x - 8, 0).
+
+    A query of value x looks (x + position)/4 cells to the right of the first cell. The class heads
+    answer x, the box heads move nothing. Returns the decoder, its queries 2 and 6, the memory.
+    """
+    decoder = on_paper(decoder_dac.DACDecoder(num_layers, 1, 1, 1, 1, 1, 1))
+    for layer, box_head in zip(decoder.layers, decoder.box_heads):
+        layer.self_attn.in_proj_weight.data[0] = math.log(3)
+        layer.cross_attn.sampling_offsets.weight.data = f64([.25], [0])           # x, y
+        layer.ffn[0].bias.data.fill_(-8)
+        box_head[-1].weight.data.zero_()
+    content, pos = f64(2, 6)[None, None, :, None], f64(-2, -5)[None, None, :, None]
+    box = f64(.125, .5, .5, .5).expand(1, 2, 4)         # offsets count half its width, one cell
+    return (decoder, proposals.Queries(content, pos, box, None),
+            memory_of([f64(2, 6, 4, 5)[None, None, None]]))
+
+
+def test_o_decoder_worked_by_hand():
+    """[DAC Eq. 1-2]  One layer."""
+    decoder, queries, memory = decoder_on_paper(num_layers=1)
+    # Eq. 1: with positions 0 and 1; shares 1/2, 1/2 and 1/4, 3/4;  2 + 4 = 6,  6 + 5 = 11
+    # Eq. 2: (6 - 2)/4 = 1 cell on is 6, (11 - 5)/4 = 1.5 cells on is 5;  6 + 6 = 12,  11 + 5 = 16
+    #        FFN: 12 + 4 = 16,  16 + 8 = 24
+    [found] = decoder.o_decoder(queries, memory)
+    assert_close(found.logits[0, :, 0], f64(16, 24), **EXACT)
+
+
+def test_c_decoder_worked_by_hand():
+    """[DAC Eq. 3]  Two layers: the same queries, memory and weights, no self-attention."""
+    decoder, queries, memory = decoder_on_paper(num_layers=2)
+    # layer 1: (2 - 2)/4 = 0 cells on is 2, (6 - 5)/4 = 1/4 on is 3/4 * 2 + 1/4 * 6 = 3
+    #          2 + 2 = 4,  6 + 3 = 9;     FFN: 4,  9 + 1 = 10
+    # layer 2: (4 - 2)/4 = 1/2 on is 4, (10 - 5)/4 = 1 1/4 on is 3/4 * 6 + 1/4 * 4 = 5.5
+    #          4 + 4 = 8,  10 + 5.5 = 15.5;     FFN: 8,  15.5 + 7.5 = 23
+    for layer, expected in zip(decoder.c_decoder(queries, memory), [(4, 10), (8, 23)], strict=True):
+        assert_close(layer.logits[0, :, 0], f64(*expected), **EXACT)
+        assert_close(layer.boxes, queries.ref_boxes, **EXACT)
 
 
 # --- by definition --------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
 """SD-DETR's decoders: ties to the plain one, permutation, whose gradient goes where."""
+import math
+
 import helpers
 import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import boxes, decoder_conditional, decoder_decoupled
+from detr_min import (attention_conditional, boxes, decoder_conditional, decoder_decoupled,
+                      proposals_conditional)
+from helpers import EXACT, f64
 
 D, H, N, C = 32, 4, 6, 3
 SIZES = dict(num_layers=3, num_classes=C, d_model=D, num_heads=H, d_ffn=48)
+
 
 @pytest.fixture
 def plain(generator):
@@ -23,6 +28,76 @@ def decoupled(generator):
 def split(generator):
     return helpers.shaken(decoder_decoupled.SplitDecoder(**SIZES), generator)
 
+
+# --- by hand: width 1, weights 1, and two cells that hold 4 and 8 and lie at 0 and 1 --------------
+
+def attends_by_position(cross_attn):
+    """A cross-attention whose shares are as exp(log 3 * spatial query * position of the cell)."""
+    cross_attn.q_content.weight.data.zero_()
+    cross_attn.q_spatial.weight.data.fill_(2 ** .5 * math.log(3))           # / sqrt(2D/H) below
+    if hasattr(cross_attn, "q_pos"):
+        cross_attn.q_pos.weight.data.zero_()
+
+
+def ask_by_log_3(self_attn):
+    self_attn.q_content.weight.data.fill_(math.log(3))
+    self_attn.q_pos.weight.data.fill_(math.log(3))
+
+
+def memory_on_paper():
+    return helpers.memory_of([f64(4, 8)[None, None, None]])._replace(pos=f64([[0], [1]]))
+
+
+def layer_on_paper():
+    layer = helpers.on_paper(decoder_decoupled.DecoderLayer(
+        attention_conditional.ConditionalAttention, 1, 1, 1))
+    ask_by_log_3(layer.self_attn)
+    for branch in (layer.cls, layer.loc):
+        attends_by_position(branch.cross_attn)
+        branch.ffn[0].bias.data.fill_(-16)                  # FFN(x) = x + max(x - 16, 0)
+    layer.loc.cross_attn.v_proj.weight.data.fill_(2)
+    return layer
+
+
+def test_disperse_worked_by_hand():
+    """[SD Eq. 3]  One pair: the class token holds 2, the box token 6."""
+    x, pos = f64(2, 6)[None, :, None], f64(-2, -5)[None, :, None]
+    # with positions 0 and 1; times log 3, the queries are 0 and log 3, the keys 0 and 1
+    # class: shares 1/2, 1/2, reads 4, 2 + 4 = 6;   box: shares 1/4, 3/4, reads 5, 6 + 5 = 11
+    assert_close(layer_on_paper().disperse(x, pos), f64(6, 11)[None, :, None], **EXACT)
+
+
+def test_gather_worked_by_hand():
+    """[SD Eq. 3]  The class token looks at the second cell, the box token at both; v_loc = 2."""
+    x, pos, spatial = (f64(*numbers)[None, :, None] for numbers in ((6, 11), (-2, -5), (1, 0)))
+    # class: shares 1/4, 3/4 of 4 and 8, reads 7;           6 + 7 = 13;    FFN: 13
+    # box:   shares 1/2, 1/2 of 2 * 4 and 2 * 8, reads 12;  11 + 12 = 23;  FFN: 23 + 7 = 30
+    found = layer_on_paper().gather(x, pos, spatial, memory_on_paper())
+    assert_close(found, f64(13, 30)[None, :, None], **EXACT)
+
+
+def test_split_decoder_worked_by_hand():
+    """[SD Eq. 2]  Two predictions; each task's self-attention sees the task's own two tokens."""
+    decoder = helpers.on_paper(decoder_decoupled.SplitDecoder(1, 1, 1, 1, 1))
+    for stack in (decoder.cls, decoder.loc):
+        [layer] = stack.layers
+        ask_by_log_3(layer.self_attn)
+        attends_by_position(layer.cross_attn)
+        layer.ffn[0].bias.data.fill_(-16)
+    decoder.box_head[0].bias.data.fill_(-9)
+    decoder.box_head[-1].weight.data.fill_(math.log(3) / 2)     # delta = max(x - 9, 0) log 3 / 2
+    content, pos, spatial = (f64(*x)[:, None, :, None] for x in (
+        [(2, 6), (1, 3)], [(-2, -5), (-1, -3)], [(1, 0), (0, 0)]))
+    queries = proposals_conditional.Queries(content, pos, spatial, f64([[.5, .5], [.5, .5]]), None)
+    # class: as in the decoupled layer, 2 + 4 + 7 = 13 and 6 + 5 + 6 = 17, FFN: 13, 17 + 1 = 18
+    # box:   all scores are 0; self-attention reads (1 + 3)/2 = 2, cross-attention (4 + 8)/2 = 6
+    #        1 + 2 + 6 = 9, 3 + 2 + 6 = 11;  delta 0 and log 3;  box .5, and 3/(3 + 1) = .75
+    [found] = decoder.o_decoder(queries, memory_on_paper())
+    assert_close(found.logits[0, :, 0], f64(13, 18), **EXACT)
+    assert_close(found.boxes[0], f64([.5] * 4, [.75] * 4), **EXACT)
+
+
+# --- the invariants -------------------------------------------------------------------------------
 
 def tied(plain):
     """A DecoupledDecoder whose branches both hold the plain decoder's weights."""

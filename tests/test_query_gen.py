@@ -1,11 +1,13 @@
 """Task-aware queries: what a box holds [SD Eq. 4] and which points of it matter [SD Eq. 5]."""
+import math
+
 import pytest
 import torch
 import torchvision.ops as ops
 from torch.testing import assert_close
 
 from detr_min import boxes, query_gen
-from helpers import EXACT, f64, memory_of, padded_memory, random, shaken
+from helpers import EXACT, f64, memory_of, on_paper, padded_memory, random, shaken
 
 D = 16
 
@@ -45,6 +47,18 @@ def test_region_features_are_roi_align_box_by_box(generator):
 
 
 # --- points [SD Eq. 5] ----------------------------------------------------------------------------
+
+def test_points_worked_by_hand():
+    """[SD Eq. 5]  Every weight is 1 but the last layer's; one point, D = 4, two cells not 0."""
+    predict = on_paper(query_gen.PointPredictor(4, num_points=1))
+    predict.net[-1].weight.data = (f64([1], [-1]) * math.log(3) / 128).expand(2, 8).clone()  # x, y
+    features = torch.zeros(1, 4, 7, 7).double()
+    features[0, :, 2, 3] = f64(.1, .2, .3, -.35)            # the convolution adds channels: .25
+    features[0, :, 6, 0] = f64(5, 0, 0, -9)                 # -4, and ReLU makes it 0
+    # layers of 4, 8 and 8: each adds up the one before, .25, 4 * .25 = 1, 8 * 1 = 8
+    # the last: 8 * 8 * log 3 / 128 = log 3 / 2;  tanh(log 3 / 2) = (3 - 1)/(3 + 1) = .5
+    assert_close(predict(features), f64([[.5, -.5]]), **EXACT)
+
 
 def test_points_start_on_a_ring():
     """[SD Eq. 5]  Whatever the box holds, point m starts half way to the rim at 2 pi m / M."""

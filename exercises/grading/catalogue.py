@@ -98,26 +98,29 @@ EXERCISES = {
             test_one_to_many_without_objects_or_queries_is_empty""")),
     "decoder_dac.DACDecoder.c_decoder": Exercise(
         6, "return the predictions of every layer when no query ever sees another", DAC,
-        tests_of("test_decoder_dac.py", """test_c_decoder_queries_are_independent
+        tests_of("test_decoder_dac.py", """test_c_decoder_worked_by_hand
+            test_c_decoder_queries_are_independent
             test_c_decoder_sends_no_gradient_into_self_attention
             test_the_first_layer_differs_unlike_the_release test_c_decoder_by_definition
             test_look_forward_twice[c_decoder]""")),
     "decoder_decoupled.DecoderLayer.disperse": Exercise(
         7, "return what one self-attention over the tokens of both tasks makes of them", SD,
-        tests_of("test_decoder_decoupled.py", """test_disperse_by_definition
+        tests_of("test_decoder_decoupled.py", """test_disperse_worked_by_hand
+            test_disperse_by_definition
             test_tied_branches_and_equal_queries_are_the_plain_decoder
             test_permuting_the_queries_permutes_the_answers[decoupled]
             test_each_task_trains_its_own_branch_of_the_last_layer""")),
     "decoder_decoupled.DecoderLayer.gather": Exercise(
         7, "return what each task's own branch makes of its half of the tokens", SD,
-        tests_of("test_decoder_decoupled.py", """test_gather_by_definition
+        tests_of("test_decoder_decoupled.py", """test_gather_worked_by_hand
+            test_gather_by_definition
             test_tied_branches_and_equal_queries_are_the_plain_decoder
             test_permuting_the_queries_permutes_the_answers[decoupled]
             test_each_task_trains_its_own_branch_of_the_last_layer""")),
     "query_gen.points_to_query": Exercise(
         8, "return the mean feature and the mean position embedding of a box's points", SD,
-        tests_of("test_query_gen.py", """test_points_in_the_centre_read_the_centre
-            test_points_to_query_by_hand test_points_to_query_by_definition""")
+        tests_of("test_query_gen.py", """test_points_to_query_by_hand
+            test_points_in_the_centre_read_the_centre test_points_to_query_by_definition""")
         + tests_of("test_decoder_decoupled_deformable.py",
                    "test_anchors_get_no_gradient_points_and_features_do")),
     "tal_loss.aligned_target": Exercise(
