@@ -1,6 +1,6 @@
 """Conditional attention: content is compared with content, position with position.
 
-[Conditional DETR Sec. 3], the attention of SD-DETR's decoder. It is dense: every query weighs every
+[Conditional DETR], the attention of SD-DETR's decoder. It is dense: every query weighs every
 cell of one feature map, so an attention map can be drawn. Read `attention.py` before, for `Memory`,
 and `encoder_conditional.py` after.
 """
@@ -63,7 +63,7 @@ class SelfAttention(MultiHead):
 class ConditionalAttention(MultiHead):
     """Cross-attention whose heads compare a content half and a spatial half.
 
-    [Conditional DETR Sec. 3.3]  q = [c_q ; p_q],  k = [c_k ; p_k],  A = softmax(q.k / sqrt(2D/H))
+    [Conditional DETR]  q = [c_q ; p_q],  k = [c_k ; p_k],  A = softmax(q.k / sqrt(2D/H))
     c_q = Wqc f,  p_q = Wqs e,  c_k = Wkc F,  p_k = Wkp P,  v = Wv F
 
     f is a query's content, e its spatial query, F a cell of the memory and P the cell's position.

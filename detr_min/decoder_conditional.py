@@ -1,6 +1,6 @@
 """Conditional DETR's decoder, on which SD-DETR is built.
 
-[Conditional DETR Sec. 3; SD Eq. 1]. A query has a content f, a position p and a reference point r.
+[Conditional DETR; SD Eq. 1]. A query has a content f, a position p and a reference point r.
 Cross-attention looks around r; a scale computed from the content says how far. Nothing is refined:
 every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
 it. Read `proposals_conditional.py` before.
@@ -36,6 +36,11 @@ class DecoderLayer(nn.Module):
         return self.norm_ffn(queries + self.drop(self.ffn(queries)))
 
 
+def scale_network(num_layers, d_model):
+    """The network that computes T_l in all layers but the first; a single layer has none."""
+    return encoder.feed_forward(d_model, d_model) if num_layers > 1 else nn.Identity()
+
+
 class Stack(nn.Module):
     """Layers, the network for their scales, and the norm before the heads."""
 
@@ -44,14 +49,14 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([
             DecoderLayer(cross_attention, d_model, num_heads, d_ffn, dropout)
             for cross_attention in attention_conditional.of_layers(num_layers)])
-        self.query_scale = encoder.feed_forward(d_model, d_model)
+        self.query_scale = scale_network(num_layers, d_model)
         self.norm = nn.LayerNorm(d_model)
         attention_conditional.xavier_uniform(self)
 
     def states(self, x, pos, spatial, memory):
         """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], what the heads read, one a layer
 
-        [Conditional DETR Sec. 3.3]  spatial query of layer l = PE(r) * T_l,  T_1 = 1,  T_l = MLP(f)
+        [Conditional DETR]  spatial query of layer l = PE(r) * T_l,  T_1 = 1,  T_l = MLP(f)
         with f the state that enters layer l
         """
         scale, states = torch.ones_like(spatial), []
@@ -77,7 +82,7 @@ class ConditionalDecoder(Stack):
     def o_decoder(self, queries, memory):
         """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
 
-        [Conditional DETR Sec. 3.2]  b = sigmoid(MLP(f) + [logit(r), 0, 0])
+        [Conditional DETR]  b = sigmoid(MLP(f) + [logit(r), 0, 0])
 
         The reference point is the same for all layers: a box is not refined.
         """

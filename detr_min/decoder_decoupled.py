@@ -10,7 +10,7 @@ norm are private too, and a pair has one reference, which stays where it is.
 import torch
 from torch import nn
 
-from . import (attention_conditional, boxes, decoder_conditional, encoder, encoder_conditional,
+from . import (attention_conditional, boxes, decoder_conditional, encoder_conditional,
                proposals)
 
 
@@ -73,8 +73,8 @@ class DecoupledDecoder(nn.Module):
         self.layers = nn.ModuleList([
             DecoderLayer(cross_attention, d_model, num_heads, d_ffn, dropout)
             for cross_attention in attention_conditional.of_layers(num_layers)])
-        self.scale_cls = encoder.feed_forward(d_model, d_model)
-        self.scale_loc = encoder.feed_forward(d_model, d_model)
+        self.scale_cls = decoder_conditional.scale_network(num_layers, d_model)
+        self.scale_loc = decoder_conditional.scale_network(num_layers, d_model)
         self.norm_cls, self.norm_loc = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         attention_conditional.xavier_uniform(self)
         self.class_head = proposals.class_head(d_model, num_classes)

@@ -1,6 +1,6 @@
 """DETR's encoder: dense self-attention among all cells of one feature map.
 
-[DETR Sec. 3.2, App. A.3], unchanged in Conditional DETR. Read `attention_conditional.py` before and
+[DETR], unchanged in Conditional DETR. Read `attention_conditional.py` before and
 `proposals_conditional.py` after.
 """
 import torch

@@ -1,16 +1,18 @@
 """Object queries on one feature map: learned ones, or the anchors of a mini-detector.
 
-[Conditional DETR Sec. 3.2], and SD-DETR's anchors [SD Fig. 3], which DESTR introduced.
+[Conditional DETR], and SD-DETR's anchors [SD Fig. 3], which DESTR introduced.
 `AnchorQueries` and `AnchorCellQueries` are the controls beside SD-DETR's task-aware queries: the
 same anchors, a plainer content. Read `encoder_conditional.py` before and `decoder_conditional.py`
 after.
 """
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from . import attention_conditional, boxes, encoder, proposals
+from . import attention_conditional, backbone, boxes, encoder, proposals
 
 
 class Queries(NamedTuple):
@@ -25,7 +27,7 @@ class Queries(NamedTuple):
 class LearnedQueries(nn.Module):
     """A position learned for each query, the same for every image; content starts at zero.
 
-    [Conditional DETR Sec. 3.2]  r = sigmoid(MLP(p)),  e = PE(r)
+    [Conditional DETR]  r = sigmoid(MLP(p)),  e = PE(r)
     """
 
     def __init__(self, num_queries, d_model, num_classes, num_sets):
@@ -52,15 +54,19 @@ def tower(d_model, num_layers=4):
         nn.Conv2d(d_model, d_model, 3, padding=1), nn.GroupNorm(32, d_model), nn.ReLU())))
 
 
-def pick(tensor, cell):
-    """Pick rows of a tensor, for each image its own. (B, S, X), (B, N) -> (B, N, X)"""
+def pick(tensor, cell, nothing):
+    """Pick rows of a tensor, for each image its own; `nothing` fills the row of cell S.
+
+    (B, S, X), (B, N) -> (B, N, X)
+    """
+    tensor = F.pad(tensor, (0, 0, 0, 1), value=nothing)
     return tensor.gather(1, cell[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 class MiniDetector(nn.Module):
     """A small convolutional detector on the encoder's map: each cell predicts a class and a box.
 
-    [DESTR Sec. 3.3], whose term SD-DETR uses. It is trained one-to-one on all cells.
+    [DESTR], whose term SD-DETR uses. It is trained one-to-one on all cells.
     Differs: the prior of a box is the centre of its cell; DESTR regresses it from the position.
         The heads are the mini-detector's own; DESTR lends it the decoder's.
     """
@@ -76,22 +82,24 @@ class MiniDetector(nn.Module):
 
         box = sigmoid(MLP(f) + [logit(centre of the cell), 0, 0]); on padding no class is likely
         """
-        is_pad = memory.is_pad[..., None]                                               # (B, S, 1)
-        cells = memory.tokens.masked_fill(is_pad, 0).transpose(1, 2)                    # (B, D, S)
-        cells = cells.unflatten(-1, memory.spatial_shapes[0])                        # (B, D, h, w)
-        for_class, for_box = (t(cells).flatten(2).transpose(1, 2)                       # (B, S, D)
-                              for t in (self.class_tower, self.box_tower))
+        [shape] = memory.spatial_shapes
+        cells = memory.tokens.transpose(1, 2).unflatten(-1, shape)                   # (B, D, h, w)
+        maps = (backbone.on_image(t, cells, memory.is_pad.unflatten(-1, shape))[0]
+                for t in (self.class_tower, self.box_tower))
+        for_class, for_box = (x.flatten(2).transpose(1, 2) for x in maps)               # (B, S, D)
         centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios)      # (B, S, 2)
-        return boxes.Predictions(self.class_head(for_class).masked_fill(is_pad, -100),
-                                 boxes.refine(centres, self.box_head(for_box)))
+        logits = self.class_head(for_class).masked_fill(memory.is_pad[..., None], -100)
+        return boxes.Predictions(logits, boxes.refine(centres, self.box_head(for_box)))
 
     def best(self, found, num_queries, is_pad):
-        """The N cells of highest score in any class, best first, never padding. (B, N) int64
-
-        N is num_queries, or the number of cells of the batch's smallest image if that is less.
+        """The N cells of highest score in any class, best first; S, no cell, for the rest if an
+        image has fewer. (B, N) int64
         """
-        fewest = (~is_pad).sum(1).min().item()
-        return found.logits.amax(-1).topk(min(num_queries, fewest), dim=1).indices
+        S = is_pad.shape[1]
+        score = found.logits.amax(-1).masked_fill(is_pad, -math.inf)                        # (B, S)
+        cell = score.topk(min(num_queries, S), dim=1).indices                          # (B, <= N)
+        cell = cell.masked_fill(is_pad.gather(1, cell), S)
+        return F.pad(cell, (0, num_queries - cell.shape[1]), value=S)
 
 
 class AnchorQueries(nn.Module):
@@ -110,14 +118,14 @@ class AnchorQueries(nn.Module):
         return torch.zeros_like(tokens)
 
     def forward(self, memory):
-        """A Memory -> Queries, of at most N queries"""
+        """A Memory -> N Queries"""
         found = self.mini_detector(memory)
         cell = self.mini_detector.best(found, self.num_queries, memory.is_pad)             # (B, N)
-        points = pick(found.boxes, cell).detach()[..., :2]                          # (B, N, 2)
+        points = pick(found.boxes, cell, 1.0).detach()[..., :2]                     # (B, N, 2)
         pos = boxes.embed_points(points, self.d_model)                                  # (B, N, D)
         sets = (self.num_sets, -1, -1, -1)
         return Queries(
-            self.content(pick(memory.tokens, cell)).expand(sets), pos.expand(sets),
+            self.content(pick(memory.tokens, cell, 0.0)).expand(sets), pos.expand(sets),
             pos.expand(sets), points, found)
 
 

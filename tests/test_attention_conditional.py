@@ -24,7 +24,7 @@ def test_attention_map_is_what_forward_uses(kind, generator):
 
 
 def test_map_by_definition(generator):
-    """[Conditional DETR Sec. 3.3]  exp((c_q.c_k + p_q.p_k) / sqrt(2D/H)), in loops."""
+    """[Conditional DETR]  exp((c_q.c_k + p_q.p_k) / sqrt(2D/H)), in loops."""
     attend = attention_conditional.ConditionalAttention(D, H).double()
     memory = helpers.conditional_memory(D)
     content, pos, spatial = (t[0] for t in helpers.conditional_queries(D, N)[:3])
