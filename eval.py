@@ -113,6 +113,8 @@ def main(argv=None):
         val_set = sets.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
                                   detector.categories)
         val_set.image_ids = val_set.image_ids[:args.images or None]
+        if val_set.is_held_out:
+            print(f"{args.coco or cfg.coco}{sets.said_of_val(cfg, val_set)}")
         find = functools.partial(evaluate.detect, top_k=args.top_k or cfg.recipe.detections,
                                  nms=args.nms)
         metrics, table = evaluate.evaluate(detector.model, val_set, cfg.batch, find, cfg.precision)

@@ -80,5 +80,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:        # what a person can mend: a sentence, no traceback
-        said = str(error).strip().splitlines()[-1]          # a worker's error ends in the sentence
-        sys.exit(f"train.py: {said.removeprefix('detr_min.data.coco_folder.DataError: ')}")
+        said = str(error).strip()
+        if "Traceback" in said:                     # of a worker process: it ends in the sentence
+            said = said.splitlines()[-1].removeprefix("detr_min.data.coco_folder.DataError: ")
+        sys.exit(f"train.py: {said}")

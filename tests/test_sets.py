@@ -1,8 +1,12 @@
 """The data sets of a run: what its config says of images, classes and sizes."""
+import dataclasses
+import json
+
 import pytest
 
+import eval as eval_program
 from detr_min.data import coco_folder, dataset, transforms
-from detr_min.run import config, sets
+from detr_min.run import config, folder as run_folder, sets
 from helpers import GOOD, annotation, write_coco
 
 
@@ -60,6 +64,46 @@ def test_validation_is_labelled_as_training_was(folder):
     assert [target.labels.tolist() for _, target in val_set] == [[1, 2], [], [0], [2, 2]]
     with pytest.raises(coco_folder.DataError, match="not trained: bird; trained: dog, cat"):
         sets.open_val(config.preset("coco", coco=folder), trained[1:])
+
+
+def test_a_run_holds_out_the_same_images_when_resumed_and_tested(tmp_path, capsys):
+    """10 images, no validation json: 3 are held out, and the first line and config.json say so."""
+    coco = GOOD | {"images": [{**GOOD["images"][0], "id": i} for i in range(1, 11)],
+                   "annotations": [annotation(i, i, 3, [1, 1, 9, 9]) for i in range(1, 11)]}
+    data = write_coco(tmp_path / "data", coco, "train")
+    cfg = config.preset("coco", coco=str(data), val_share=0.3, seed=5, images=4, size=32, steps=2,
+                        out=str(tmp_path / "run"), d_model=32, num_heads=4, d_ffn=32, device="cpu")
+    run = run_folder.start(cfg)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert "4 training and 3 validation images of 32 to 53 px (there is no validation json: " \
+           "--val_share 0.3 of the images, drawn by --seed 5, are held out), 3 classes;" in said
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    held = run.val_set.image_ids
+    assert len(held) == 3 and not set(held) & set(run.train_set.image_ids)
+    assert (stored["val_share"], stored["held_out_image_ids"]) == (0.3, held)
+    run.save("last.pt")
+    run.config_file.close()
+    resumed = run_folder.start(config.preset("coco", resume=str(tmp_path / "run"), device="cpu"))
+    assert resumed.val_set.image_ids == held
+    assert resumed.train_set.image_ids == run.train_set.image_ids
+    more = dataclasses.replace(cfg, images=7)
+    assert sets.open_val(more, run.train_set.categories).image_ids == held
+    capsys.readouterr()
+    eval_program.main([str(tmp_path / "run"), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"{data} (there is no validation json: --val_share 0.3 of the images, "
+                           "drawn by --seed 5, are held out)\n") and "3 images" in said
+
+
+def test_a_folder_with_a_validation_json_says_nothing_of_it(folder):
+    cfg = config.preset("coco", coco=folder)
+    assert sets.said_of_val(cfg, sets.open_val(cfg, GOOD["categories"])) == ""
+
+
+def test_configs_from_before_val_share_still_load():
+    values = dataclasses.asdict(config.preset("coco"))
+    del values["val_share"]
+    assert config.from_dict(values) == config.preset("coco") and config.preset("coco").val_share == .2
 
 
 def test_an_object_without_a_query_is_refused_before_training(tmp_path):

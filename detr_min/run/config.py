@@ -74,6 +74,8 @@ class Config:
                          OneOf(registry.names(registry.BACKBONES)))
     coco: str = flag("", "folder in COCO layout; empty = synthetic shapes, no download")
     images: int = flag(0, "training images drawn from it, seeded; 0 = all", Between(0, 2 ** 31))
+    val_share: float = flag(0.2, "share of the training images that is held out for validation, "
+                            "where --coco has no validation json", Between(0.01, 0.9))
     classes: str = flag("", "person,dog: only these classes; empty = all")
     epochs: int = flag(0, "passes over the training images; 0 = go by steps", Between(0, 2 ** 31))
     steps: int = flag(1000, "optimiser steps; replaces a preset's epochs", Between(1, 2 ** 40))

@@ -140,13 +140,16 @@ def open_folder(run):
         out.mkdir(parents=True, exist_ok=True)
         run.config_file = claim(out / "config.json", json.dumps(
             {**dataclasses.asdict(cfg), "categories": run.train_set.categories,
-             "train_image_ids": run.train_set.image_ids if cfg.coco else "1 and up"}, indent=2))
+             "train_image_ids": run.train_set.image_ids if cfg.coco else "1 and up",
+             "held_out_image_ids": run.val_set.image_ids if run.val_set.is_held_out else []},
+            indent=2))
         (out / "last.unfinished").unlink(missing_ok=True)           # of a process that was killed
     processes.say(
         f"{cfg.model} on {cfg.coco or 'synthetic shapes'}: {len(run.train_set)} training and "
-        f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px, "
-        f"{len(run.train_set.categories)} classes; {cfg.steps} steps of {cfg.batch} images, lr "
-        f"{cfg.lr:g}, seed {cfg.seed}, {run.device}; run folder {out}")
+        f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px"
+        f"{sets.said_of_val(cfg, run.val_set)}, {len(run.train_set.categories)} classes; "
+        f"{cfg.steps} steps of {cfg.batch} images, lr {cfg.lr:g}, seed {cfg.seed}, {run.device}; "
+        f"run folder {out}")
     path = out / "log.jsonl" if processes.rank() == 0 else pathlib.Path(os.devnull)
     run.log = logfile.Log(path, run.progress["step"])
     return run

@@ -16,7 +16,7 @@ def open_train(cfg):
                                                    (test, min(cfg.images, 100))))
     augment = transforms.multi_scale_and_crop(cfg.size, cfg.recipe.max_size)
     augmented, plain = (dataset.open_folder(cfg.coco, "train", transform, cfg.images,
-                                            class_names(cfg), cfg.seed)
+                                            class_names(cfg), cfg.seed, cfg.val_share)
                         for transform in (augment, test))
     plain.image_ids = plain.image_ids[:100]
     return augmented, plain
@@ -26,12 +26,19 @@ def open_val(cfg, categories):
     """Open the validation set, labelled as the training set; the same shapes for every seed."""
     test = transforms.resize(cfg.size, cfg.recipe.max_size)
     if cfg.coco:
-        val_set, names = dataset.open_folder(cfg.coco, "val", test), class_names(cfg)
+        val_set, names = dataset.open_folder(cfg.coco, "val", test, seed=cfg.seed,
+                                             val_share=cfg.val_share), class_names(cfg)
         val_set.categories = [c for c in val_set.categories if not names or c["name"] in names]
     else:
         val_set = dataset.open_shapes("val", test, NUM_VAL_SHAPES, cfg.size)
     dataset.relabel(val_set, categories)
     return val_set
+
+
+def said_of_val(cfg, val_set):
+    """Where the validation images come from, if that needs to be said; else ""."""
+    return (f" (there is no validation json: --val_share {cfg.val_share:g} of the images, drawn by "
+            f"--seed {cfg.seed}, are held out)" if val_set.is_held_out else "")
 
 
 def class_names(cfg):

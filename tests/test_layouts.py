@@ -1,0 +1,177 @@
+"""Which layout a folder of data has, and whether the lines that convert it really do."""
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from detr_min.data import coco_folder, dataset, layouts, transforms
+from helpers import GOOD, write_coco
+
+KEEP_SIZE = transforms.resize(60, 60)
+BOX = torch.tensor([[0.35, 0.35, 0.5, 0.5]])        # of 60 x 40 pixels: x 6..36, y 4..24
+
+
+def write_pictures(folder, names=("a.png", "b.png")):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def write_yolo(root, places):
+    """Each (labels, pictures): a dog in picture a, nothing in b, of classes cat and dog."""
+    for labels, pictures in places:
+        write_pictures(root / pictures)
+        (root / labels).mkdir(parents=True, exist_ok=True)
+        (root / labels / "a.txt").write_text("1 0.35 0.35 0.5 0.5\n")
+        (root / labels / "b.txt").write_text("")
+    (root / "data.yaml").write_text("names: [cat, dog]\nnc: 2\n")
+
+
+def write_voc(root, places):
+    """The same, in xml; pixels count from 1 there."""
+    for labels, pictures in places:
+        write_pictures(root / pictures)
+        (root / labels).mkdir(parents=True, exist_ok=True)
+        objects = ("<object><name>dog</name><bndbox><xmin>7</xmin><ymin>5</ymin><xmax>37</xmax>"
+                   "<ymax>25</ymax></bndbox></object>")
+        for name, content in (("a", objects), ("b", "")):
+            (root / labels / f"{name}.xml").write_text(
+                f"<annotation><filename>{name}.png</filename><size><width>60</width><height>40"
+                f"</height><depth>3</depth></size>{content}</annotation>")
+
+
+FOREIGN = {
+    "YOLO flat": (write_yolo, [("labels", "images")]),
+    "YOLO by ultralytics": (write_yolo, [("labels/train", "images/train"),
+                                         ("labels/val", "images/val")]),
+    "YOLO of coco128": (write_yolo, [("labels/train2017", "images/train2017")]),
+    "YOLO by Roboflow": (write_yolo, [("train/labels", "train/images"),
+                                      ("valid/labels", "valid/images")]),
+    "Pascal VOC": (write_voc, [("Annotations", "JPEGImages")]),
+    "Pascal VOC by Roboflow": (write_voc, [("train", "train"), ("valid", "valid")])}
+
+
+def refusal(root, split="train"):
+    with pytest.raises(FileNotFoundError) as error:
+        dataset.open_folder(root, split, KEEP_SIZE)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_lines_that_convert_a_folder_do_so(tmp_path, name):
+    """They are run as a person would, and the new folder opens with the dog where it was."""
+    write, places = FOREIGN[name]
+    write(tmp_path / "it's mine", places)
+    said = refusal(tmp_path / "it's mine")
+    layout, (sentence, *lines) = " ".join(name.split()[:2 if "VOC" in name else 1]), said.split("\n")
+    assert f"instances_train.json exists; this is {layout} ({tmp_path}" in sentence
+    assert sentence.endswith(f"for --coco {tmp_path / 'it' }'s mine_coco")
+    assert len(lines) == 1 + len(places)
+    pytest.importorskip("supervision", reason="pip install supervision")
+    code = "\n".join(line.removeprefix("    ") for line in lines)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    for split in ("train", "val"):
+        ds = dataset.open_folder(tmp_path / "it's mine_coco", split, KEEP_SIZE)
+        assert ds.is_held_out == (split == "val" and len(places) == 1)
+        assert len(ds) == (2 if len(places) == 2 else 1)
+        names = [category["name"] for category in ds.categories]
+        for _, target in ds:
+            if len(target.labels):
+                assert names[target.labels[0]] == "dog"
+                assert_close(target.boxes, BOX, atol=1 / 40, rtol=0)    # a pixel: VOC's corners
+        assert len(ds) == 1 or sorted(len(target.labels) for _, target in ds) == [0, 1]
+
+
+def test_yolo_without_its_yaml_asks_for_the_names(tmp_path):
+    write_yolo(tmp_path / "y", [("labels", "images")])
+    (tmp_path / "y" / "data.yaml").unlink()
+    assert f"after you wrote the class names into {tmp_path / 'y' / 'data.yaml'}" in refusal(
+        tmp_path / "y")
+
+
+def roboflow_json():
+    """As Roboflow exports: a group of all classes comes first, and may have the name of one."""
+    coco = copy.deepcopy(GOOD)
+    for category in coco["categories"]:
+        category["supercategory"] = "dog"
+    coco["categories"].insert(0, {"id": 0, "name": "dog", "supercategory": "none"})
+    return coco
+
+
+def test_roboflows_coco_export_is_read(tmp_path):
+    coco = roboflow_json()
+    for name in ("train", "valid", "test"):
+        write_pictures(tmp_path / name, [image["file_name"] for image in coco["images"]])
+        (tmp_path / name / "_annotations.coco.json").write_text(json.dumps(coco))
+    for split in ("train", "val"):
+        ds = dataset.open_folder(tmp_path, split, KEEP_SIZE)
+        assert [category["name"] for category in ds.categories] == ["cat", "dog", "bird"]
+        assert len(ds) == 4 and not ds.is_held_out
+        assert ds[0][1].labels.tolist() == [1, 0]
+    (tmp_path / "valid" / "_annotations.coco.json").unlink()
+    assert len(dataset.open_folder(tmp_path, "val", KEEP_SIZE)) == 1
+
+
+def test_a_group_that_has_objects_is_a_class():
+    """And so is one that is no supercategory; COCO's own json keeps all classes."""
+    coco = roboflow_json()
+    coco["categories"][0]["name"] = "animal"
+    assert len(coco_folder.check(copy.deepcopy(coco), "x.json")["categories"]) == 4
+    for category in coco["categories"][1:]:
+        category["supercategory"] = "animal"
+    assert len(coco_folder.check(copy.deepcopy(coco), "x.json")["categories"]) == 3
+    coco["annotations"][0]["category_id"] = 0
+    assert len(coco_folder.check(coco, "x.json")["categories"]) == 4
+
+
+@pytest.mark.parametrize("path, pictures, prefix", [
+    ("labels.json", "data", ""),                            # FiftyOne
+    ("result.json", "images", "images/"),                   # Label Studio
+    ("annotations/instances_default.json", "images", ""),   # CVAT
+    ("annotations/default.json", "images/default", ""),     # Datumaro
+    ("a.json", ".", "")])
+def test_a_single_json_is_read_wherever_its_pictures_are(tmp_path, path, pictures, prefix):
+    coco = copy.deepcopy(GOOD)
+    write_pictures(tmp_path / pictures, [image["file_name"] for image in coco["images"]])
+    for image in coco["images"]:
+        image["file_name"] = prefix + image["file_name"]
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text(json.dumps(coco))
+    train, val = (dataset.open_folder(tmp_path, split, KEEP_SIZE) for split in ("train", "val"))
+    assert len(train) == 3 and len(val) == 1 and val.is_held_out
+    assert {picture.shape for ds in (train, val) for picture, _ in ds} == {(3, 40, 60)}
+
+
+def test_several_jsons_are_listed(tmp_path):
+    write_pictures(tmp_path)
+    for name in "fedcba":
+        (tmp_path / f"{name}.json").write_text(json.dumps(GOOD))
+    assert refusal(tmp_path).endswith("; of its 6 jsons (a.json, b.json, c.json, d.json, e.json, "
+                                      "...), name the one to train on as above")
+
+
+def test_a_folder_one_too_high_is_noticed(tmp_path):
+    write_coco(tmp_path / "coco" / "coco", GOOD, "val")
+    assert refusal(tmp_path / "coco").endswith(f"; is {tmp_path / 'coco' / 'coco'} meant?")
+    write_yolo(tmp_path / "outer" / "mine", [("labels", "images")])
+    assert refusal(tmp_path / "outer").endswith(f"; is {tmp_path / 'outer' / 'mine'} meant?")
+
+
+def test_a_validation_json_is_never_trained_on(tmp_path):
+    """It may be the only json in the folder."""
+    write_coco(tmp_path, GOOD, "val")
+    assert "link or copy" in refusal(tmp_path)
+    assert not layouts.find(tmp_path, "val").is_shared
+
+
+def test_a_folder_of_pictures_alone_is_told_what_is_missing(tmp_path):
+    write_pictures(tmp_path)
+    assert refusal(tmp_path) == (f"neither {tmp_path}/annotations/instances_train2017.json nor "
+                                 f"{tmp_path}/annotations/instances_train.json exists")
