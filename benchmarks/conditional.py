@@ -74,7 +74,7 @@ def main(argv=None):
     times = clock.alternate(our_step, their_step, args.repeats, torch.device("cpu"))
     seen = clock.compare(*times)
     for name in ("ours", "theirs"):
-        print(f"{name:7} {seen[name]['cpu']['median']:.2f} CPU-seconds a step")
+        print(f"{name:7} {seen[name]['cpu']['median']:.2f} CPU-seconds per step")
     ratio = seen["ratio"]["cpu"]
     print(f"theirs / ours {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}), "
           f"{args.repeats} rounds, {args.threads} thread(s)")

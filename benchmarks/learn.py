@@ -117,7 +117,7 @@ def line(found):
 
 def title(until):
     """The first two lines of the table."""
-    return (f"| side | seed | AP {until:g} at | CPU-seconds | seconds | CPU-ms a step without "
+    return (f"| side | seed | AP {until:g} at | CPU-seconds | seconds | CPU-ms per step without "
             "reading | M parameters |\n|---|--:|---|--:|--:|--:|--:|")
 
 

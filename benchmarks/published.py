@@ -1,7 +1,7 @@
 """The published models at full size: loading, one image, one training step; seconds and memory.
 
     python -m benchmarks.published load r50                      # or swin_l: load a file, one image
-    python -m benchmarks.published detect paper_r50              # images a second
+    python -m benchmarks.published detect paper_r50              # images per second
     python -m benchmarks.published step release                  # a training step
     python -m benchmarks.published step paper_r50 --height 800 --width 1333 --device cuda \\
         --precision bf16

@@ -171,7 +171,7 @@ def answers(net, images, is_pad):
     Args:
         images  (B, 3, h, w); is_pad (B, h, w) True = padding
     Returns:
-        their output; [boxes.Predictions], one a layer
+        their output; [boxes.Predictions], one per layer
     """
     out = net(images, pixel_mask=(~is_pad).long())
     predictions = []

@@ -3,10 +3,11 @@
 The papers are the files of this folder. Read them in this order; a file imports only from files
 above it:
 
-    boxes  attention  backbone  encoder  proposals  decoder_base  decoder_dac           (DAC-DETR)
-    attention_conditional  encoder_conditional  proposals_conditional  query_gen
-    decoder_conditional  decoder_decoupled  decoder_decoupled_deformable                 (SD-DETR)
-    matcher  tal_loss  criterion  model                                                     (both)
+    boxes  attention  backbone  encoder  proposals  decoder_base  decoder_dac  matcher   (DAC-DETR)
+    attention_conditional  encoder_conditional  proposals_conditional  decoder_conditional
+    decoder_decoupled  query_gen  tal_loss                                               (SD-DETR)
+    decoder_decoupled_deformable                            (SD-DETR on DAC-DETR's base, optional)
+    criterion  model                                                                        (both)
 
 The folders may be skipped for the papers: `release` is what the authors' code adds, `data` serves
 pictures and boxes, `run` trains, tests, saves and loads. To use a trained detector elsewhere:

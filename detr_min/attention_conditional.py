@@ -92,8 +92,8 @@ class ConditionalAttention(MultiHead):
 
         Args:
             queries    f  (B, N, D)  content
-            query_pos  p  (B, N, D)  positional query of self-attention; only the first layer's
-                                     attention reads it
+            query_pos  p  (B, N, D)  positional query; of the cross-attentions only the first
+                                     layer's reads it
             spatial    e  (B, N, D)  spatial query, PE(reference) * scale
             memory                   a Memory with pos
         Returns:

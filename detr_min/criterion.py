@@ -1,4 +1,4 @@
-"""From predictions to one number: in each layer, match image by image, then compare.
+"""From predictions to one loss: match per layer and per image, then sum the terms.
 
 [DETR Eq. 2], [DAC Fig. 2]. All decoder layers are supervised alike. Training DAC-DETR's two
 decoders means calling `decoder_loss` twice. Read `matcher.py` and `tal_loss.py` before, `model.py`
@@ -84,8 +84,8 @@ def decoder_loss(layers, targets, score, pair, layer_loss, normaliser, judged=No
     """Sum the losses of a decoder's layers; in each layer, queries and objects are matched anew.
 
     Args:
-        layers      [Predictions], one a layer
-        targets     [dataset.Target], one an image
+        layers      [Predictions], one per layer
+        targets     [dataset.Target], one per image
         score       (logits, pred_boxes, gt_labels, gt_boxes) of one image -> (N, M)
         pair        (N, M) -> query_idx, gt_idx
         layer_loss  focal_loss, task_aligned_loss, or another of the same form
@@ -117,9 +117,9 @@ def detection_loss(output, targets, num_objects, layer_loss=focal_loss):
 
     Args:
         output       model.Output
-        targets      [dataset.Target], one an image
-        num_objects  mean over processes of the objects in a process's batch; sums are divided by
-                     it, the C-Decoder's by 3 times it, but never by less than 1
+        targets      [dataset.Target], one per image
+        num_objects  objects in the batch, averaged over processes; sums are divided by it, the
+                     C-Decoder's by 3 times it, but never by less than 1
         layer_loss   focal_loss, task_aligned_loss or another; the encoder keeps focal loss
     Returns:
         {"O", "C", "encoder": Parts}, of which the last two only if the model has them
@@ -142,7 +142,7 @@ def conditional_loss(output, targets, num_objects, layer_loss=focal_loss, cell_w
 
     L = L_O(one-to-one) + cell_weight * L_cells(one-to-one, the objects' own classes)
 
-    .1 is DESTR's weight, on a backbone that knows ImageNet; from random weights 1 learns sooner.
+    .1 is DESTR's weight, for an ImageNet backbone; the presets for random weights use 1.
 
     Returns:
         {"O", "encoder": Parts}, the second only with a mini-detector, which keeps focal loss

@@ -21,7 +21,7 @@ class DecoderLayer(nn.Module):
         self.norm_ffn = nn.LayerNorm(d_model)
 
     def disperse(self, queries, query_pos, is_blocked=None):
-        """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)
+        """Self-attention: queries see one another and compete. (B, N, D) -> (B, N, D)
 
         [DAC Eq. 1]  Q~_O^l = Q_O^l + Att_self(Que(Q_O^l), Key(Q_O^l), Val(Q_O^l))
 
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of layers, each with its own heads. Also [SD Eq. 1] on this base."""
+    """A stack of layers, each with its own heads. It is also the baseline of the SD-DETR port."""
 
     def __init__(self, num_layers, d_model, num_heads, num_levels, num_points, d_ffn, num_classes):
         super().__init__()
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
+        """Decode Queries and a Memory to [Predictions], one per layer; the last is the answer.
 
         [Deformable DETR App. A.4]  b_l = sigmoid(logit(b_(l-1)) + delta_l)
 

@@ -1,8 +1,8 @@
 """Conditional DETR's decoder, on which SD-DETR is built.
 
 [Conditional DETR; SD Eq. 1]. A query has a content f, a position p and a reference point r.
-Cross-attention looks around r; a scale computed from the content says how far. Nothing is refined:
-every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
+Cross-attention looks around r: PE(r), times a scale computed from the content. Boxes are not
+refined: every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
 it. Read `proposals_conditional.py` before.
 """
 import torch
@@ -26,7 +26,7 @@ class DecoderLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def disperse(self, queries, query_pos):
-        """Self-attention: queries see one another and spread apart. (B, N, D) -> (B, N, D)"""
+        """Self-attention: queries see one another and compete. (B, N, D) -> (B, N, D)"""
         return self.norm_self(queries + self.drop(self.self_attn(queries, query_pos)))
 
     def gather(self, queries, query_pos, spatial, memory):
@@ -54,7 +54,7 @@ class Stack(nn.Module):
         attention_conditional.xavier_uniform(self)
 
     def states(self, x, pos, spatial, memory):
-        """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], what the heads read, one a layer
+        """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], one per layer, for the heads
 
         [Conditional DETR]  spatial query of layer l = PE(r) * T_l,  T_1 = 1,  T_l = MLP(f)
         with f the state that enters layer l
@@ -80,7 +80,7 @@ class ConditionalDecoder(Stack):
         self.box_head = proposals.box_head(d_model)
 
     def o_decoder(self, queries, memory):
-        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer.
+        """Decode Queries and a Memory to [Predictions], one per layer; the last is the answer.
 
         [Conditional DETR]  b = sigmoid(MLP(f) + [logit(r), 0, 0])
 

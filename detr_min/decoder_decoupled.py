@@ -1,11 +1,11 @@
 """SD-DETR's decoder: one self-attention for both tasks, a cross-attention for each.
 
 [SD Eq. 3], [SD Fig. 2]. Each prediction is a pair of tokens from one anchor: token i for the class,
-token N + i for the box. `SplitDecoder`, whose tasks share nothing, is what the paper compares with
-[SD Eq. 2, Table 3]. Read `decoder_conditional.py` and `query_gen.py` before.
+token N + i for the box. `SplitDecoder`, whose tasks share no layer, is what the paper compares with
+[SD Eq. 2, Table 3]. Read `decoder_conditional.py` before and `query_gen.py` after.
 
-The paper prints Eq. 3 and draws norms and FFN private to a branch. Our reading: scale and final
-norm are private too, and a pair has one reference, which stays where it is.
+The paper prints Eq. 3 and draws norms and FFN per branch. Our choice: the scale and the final norm
+are per branch too, and each pair has one fixed reference.
 """
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class DecoupledDecoder(nn.Module):
         self.box_head = proposals.box_head(d_model)
 
     def o_decoder(self, queries, memory):
-        """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N a layer."""
+        """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N per layer."""
         x, pos, spatial = (torch.cat([*sets], dim=1) for sets in queries[:3])       # (B, 2N, D)
         scale, predictions = torch.ones_like(spatial), []
         for layer in self.layers:
@@ -96,7 +96,7 @@ class DecoupledDecoder(nn.Module):
 
 
 class SplitDecoder(nn.Module):
-    """[SD Eq. 2]  Two decoders that share nothing but reference points: one a task.
+    """[SD Eq. 2]  Two decoders that share nothing but reference points: one per task.
 
     Eq. 2 was not readable to us; this is what Fig. 1 and Table 3 of the paper say of it.
     """
@@ -111,7 +111,7 @@ class SplitDecoder(nn.Module):
         self.box_head = proposals.box_head(d_model)
 
     def o_decoder(self, queries, memory):
-        """Decode two sets of Queries and a Memory to [Predictions], N a layer."""
+        """Decode two sets of Queries and a Memory to [Predictions], N per layer."""
         cls, loc = zip(*queries[:3])                    # content, pos and spatial, (B, N, D) each
         return [boxes.Predictions(self.class_head(x_cls),
                                   boxes.refine(queries.ref_points, self.box_head(x_loc)))

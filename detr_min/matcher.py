@@ -1,8 +1,8 @@
 """Label assignment: which query learns which object, one-to-one or one-to-many.
 
 [DETR Eq. 1] for the O-Decoder, [DAC Eq. 4] for the C-Decoder. Pure functions of one image, without
-gradient. A cost is minimised, a quality is maximised. Read `decoder_dac.py` before and
-`criterion.py` after.
+gradient. A cost is minimised, a quality is maximised. Read `decoder_dac.py` before and,
+for the loss, `criterion.py` after.
 """
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -72,7 +72,7 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
         M  (N, M), in [0, class_weight + iou_weight]; an image without objects gives (N, 0)
     Raises:
         ValueError: probs outside [0, 1], which almost always means that logits were passed
-    Differs: DEVIATION. The paper prints weights 1 and 1; the release, and we, use .3 and .7.
+    Differs: the paper prints weights 1 and 1; the release and we use .3 and .7.
     """
     if probs.numel() and (probs.min() < 0 or probs.max() > 1):
         raise ValueError(f"probs must be in [0, 1], got [{probs.min():.2f}, {probs.max():.2f}]: "
@@ -94,9 +94,9 @@ def one_to_many(quality, threshold=0.4, k=6):
         k           most queries an object gets; 6 is the release's
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
-    Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
-        it has one box to learn. DEVIATION from the release, whose rule is
-        `release.dac_release.one_to_many`; the comparison >= is the release's.
+    Differs: as we read the paper, a query may serve two objects; here it serves one, because it has
+        only one box. The release has its own rule, `release.dac_release.one_to_many`; the
+        comparison >= is from there.
     """
     best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]      # (k, M)
     is_positive = torch.zeros_like(quality, dtype=torch.bool).scatter_(0, best_first, True)

@@ -16,12 +16,12 @@ from . import attention_conditional, backbone, boxes, encoder, proposals
 
 
 class Queries(NamedTuple):
-    """N queries an image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
+    """N queries per image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
     content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
     pos: torch.Tensor                       # (T, B, N, D)  p, what self-attention knows of position
     spatial: torch.Tensor                   # (T, B, N, D)  PE(r), what cross-attention knows of it
     ref_points: torch.Tensor                # (B, N, 2)  r, (x, y) in [0, 1], the same for all sets
-    proposals: boxes.Predictions | None     # the mini-detector's, one a cell: (B, S, ...)
+    proposals: boxes.Predictions | None     # the mini-detector's, one per cell: (B, S, ...)
 
 
 class LearnedQueries(nn.Module):
@@ -78,7 +78,7 @@ class MiniDetector(nn.Module):
         self.box_head = proposals.box_head(d_model)
 
     def forward(self, memory):
-        """A Memory -> Predictions, one a cell: logits (B, S, C), boxes (B, S, 4)
+        """A Memory -> Predictions, one per cell: logits (B, S, C), boxes (B, S, 4)
 
         box = sigmoid(MLP(f) + [logit(centre of the cell), 0, 0]); on padding no class is likely
         """

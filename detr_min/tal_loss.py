@@ -1,7 +1,7 @@
 """Task alignment learning (TAL): the class score learns how well the box fits.
 
 [SD Eq. 6-7]. SD-DETR's classification loss; it works with every decoder here (`--loss tal`) and
-sends no gradient to the boxes. Pure functions. Read `matcher.py` before and `criterion.py` after.
+sends no gradient to the boxes. Pure functions. Read `query_gen.py` before and `criterion.py` after.
 """
 import torch.nn.functional as F
 
@@ -36,8 +36,8 @@ def tal_loss(logits, targets, gamma=2.0):
         targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
     Returns:
         scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
-    As printed. Left open by the equation: gradients pass through |t - s|^gamma, as in focal loss;
-    the caller keeps t at .01 or more and divides by the number of objects.
+    Differs: as printed, except for what the equation leaves open. Here gradients pass through
+        |t - s|^gamma, as in focal loss, and the caller keeps t at .01 or more.
     """
     targets = targets.detach()
     weight = (targets - logits.sigmoid()).abs() ** gamma                            # (N, C)

@@ -1,7 +1,7 @@
 """The pictures of docs/pictures.md, drawn by the code that they explain.
 
     OMP_NUM_THREADS=1 python train.py                       # runs/dac_shapes
-    python -m studies sd_detr --seeds 1 --only plain,sd_detr   # two runs on Conditional DETR
+    python -m studies sd_detr --seeds 1 --only plain,sd_detr --again     # two more runs
     python docs/pictures.py                                 # these runs -> docs/pictures/*.png
     python docs/pictures.py --run DAC PLAIN SD_DETR         # of other folders
 
@@ -27,8 +27,9 @@ from detr_min.run import checkpoints, draw, evaluate, looks, sets  # noqa: E402
 WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
 NEEDED = {                              # model: how to make a run of it
-    "dac": "python train.py", "conditional": "python -m studies sd_detr --seeds 1 --only plain",
-    "decoupled": "python -m studies sd_detr --seeds 1 --only sd_detr"}
+    "dac": "python train.py",
+    "conditional": "python -m studies sd_detr --seeds 1 --only plain --again",
+    "decoupled": "python -m studies sd_detr --seeds 1 --only sd_detr --again"}
 DOT = dict(marker="o", linestyle="", markeredgecolor="black", markeredgewidth=0.4)
 
 
@@ -217,8 +218,8 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
     """(c) The same queries before the decoder, after the C-Decoder and after the O-Decoder.
 
     A query is near an object if its box overlaps the object's by IoU >= `near`. Drawn are those
-    that are near an image's largest object after the C-Decoder, each in its colour, above bars of
-    their scores for the object's class. The heading has means over all objects: the queries near
+    that are near an image's largest object in any stage, each in its colour, above bars of their
+    scores for the object's class. The heading has means over all objects: the queries near
     it, and those of them whose score is at least `sure`.
     """
     counts, objects = torch.zeros(2, 3), 0
@@ -239,7 +240,7 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
     image, target = dataset[index]
     shown, [gt] = stages_of(target, *answers(model, image)), largest(target, 1)
     overlaps = [boxes.iou(pred_boxes, target.boxes[gt, None])[:, 0] for pred_boxes, _ in shown]
-    chosen = (overlaps[1] >= near).nonzero()[:, 0]
+    chosen = (torch.stack(overlaps) >= near).any(0).nonzero()[:, 0]
     chosen = chosen[shown[1][1][chosen, gt].argsort(descending=True, stable=True)]
     colours, box = [draw.colour_of(n) for n in range(len(chosen))], pixels(target.boxes[gt], image)
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained", dpi=DPI)

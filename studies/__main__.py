@@ -24,6 +24,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=0, help="0: as many as the study asks for")
     parser.add_argument("--only", default="", help="variants, with commas; empty: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--again", action="store_true",
+                        help="also train what has its json but no folder in runs/studies")
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, extra = parser.parse_known_args(argv)
     if not args.study:
@@ -37,7 +39,7 @@ def main(argv=None):
     if set(names) - study.variants.keys():
         parser.error(f"--only {args.only}: there are {', '.join(study.variants)}")
     if not args.dry:
-        harness.run(study, names, args.seeds or study.seeds, extra, args.jobs)
+        harness.run(study, names, args.seeds or study.seeds, extra, args.jobs, args.again)
     text = harness.table(study)
     print(text)
     if harness.results(study):

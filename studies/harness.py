@@ -91,8 +91,11 @@ def measure(study, variant, seed, folder):
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run(study, names, seeds, extra=(), jobs=2):
-    """Train and measure what is missing of some variants, seed by seed, so that seeds are whole."""
+def run(study, names, seeds, extra=(), jobs=2, again=False):
+    """Train and measure what is missing of some variants, seed by seed, so that seeds are whole.
+
+    With `again`, what has its json but no run folder on this machine is missing too.
+    """
     start = []
     if study.first:
         folder = RUNS / study.name / "backbone"
@@ -109,7 +112,7 @@ def run(study, names, seeds, extra=(), jobs=2):
         return job, folder
 
     todo = [(seed, variant) for seed in range(seeds) for variant in names
-            if not (RESULTS / study.name / f"{variant}_{seed}.json").exists()]
+            if again or not (RESULTS / study.name / f"{variant}_{seed}.json").exists()]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for number, ((seed, variant), folder) in enumerate(pool.map(one, todo), 1):
             measure(study, variant, seed, folder)
@@ -158,7 +161,7 @@ def table(study):
     found = results(study)
     base = found.get(next(iter(study.variants)), {})
     rows = ["| variant | flags of train.py | seeds | AP of each seed | AP | AP50 | AP75 | "
-            "correlation of score and IoU | AP against the first row | CPU-ms a step | "
+            "correlation of score and IoU | AP against the first row | CPU-ms per step | "
             "M parameters |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
     for variant, runs in found.items():
         gain, half = paired(runs, base)

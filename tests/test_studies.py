@@ -74,6 +74,9 @@ def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monk
     folder = str(tmp_path / "runs" / "x")
     assert asked == [("--preset", "shapes", "--seed", "3", "--steps", "3", "--out",
                       f"{folder}/plain_3"), ("--resume", f"{folder}/idea_3")]
+    measured.clear()
+    harness.run(A_STUDY, ["plain", "idea"], 1, jobs=1, again=True)      # though both have a json
+    assert measured == [("plain", 0), ("idea", 0)]
 
 
 class Answers(torch.nn.Module):

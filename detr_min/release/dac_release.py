@@ -13,7 +13,7 @@ class DACReleaseDecoder(decoder_dac.DACDecoder):
     """The weights and the O-Decoder of DACDecoder; the C-Decoder follows one self-attention."""
 
     def c_decoder(self, queries, memory):
-        """Decode Queries and a Memory to Predictions, one a layer; the first is the O-Decoder's.
+        """Decode Queries and a Memory to Predictions, one per layer; the first is the O-Decoder's.
 
         DEVIATION from [DAC Eq. 3]: x starts as the output of layer 1's self-attention and norm, so
         layer 1 predicts the same in both decoders and gets labels of both kinds. From layer 2 on no
