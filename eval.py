@@ -2,7 +2,7 @@
 
     python eval.py runs/dac_shapes                            # AP on the run's own validation set
     python eval.py runs/dac_shapes/best.pt --coco DIR         # on a COCO folder's, classes by name
-    python eval.py RUN --photos holiday/ --threshold 0.4      # a png a photo, and detections.json
+    python eval.py RUN --photos holiday/ --threshold 0.4      # one png per photo, and detections.json
     python eval.py RUN --points photo.jpg                     # where the last layer looks
 
 Photos are drawn into --out, else RUN/photos. With --out, AP is also written there, as eval.json.
@@ -17,7 +17,7 @@ import sys
 import torch
 
 import detr_min
-from detr_min.run import draw, evaluate, looks, predictor, sets
+from detr_min.run import config, draw, evaluate, looks, predictor, sets
 
 
 def parse(argv=None):
@@ -37,7 +37,7 @@ def parse(argv=None):
     parser.add_argument("--dc5", action="store_true", help="the file is a published DC5 model of "
                         "Conditional DETR and does not say so itself")
     parser.add_argument("--out", metavar="DIR", help="folder of results")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(config.plain_numbers(argv))
     for name in ("images", "top_k"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: it must be at least 0")
@@ -89,7 +89,7 @@ def draw_photos(detector, args, out):
 
 
 def draw_points(detector, args, out):
-    """--points: where the last layer's cross-attention looks, a png a photo."""
+    """--points: where the last layer's cross-attention looks, one png per photo."""
     for name, picture in readable(args.points):
         out.mkdir(parents=True, exist_ok=True)
         image, png = detector.network_image(picture), out / f"{name}.points.png"

@@ -64,15 +64,16 @@ def main():
     cfg, given = config.parse(__doc__)
     processes.join()
     run = folder.start(config.check_resume(cfg, given))
-    train(run)
-    step, steps = run.progress["step"], run.cfg.steps
-    if step < steps:
-        processes.say(f"stopped after step {step} of {steps}; nothing is lost, go on with\n"
-                      f"    python train.py --resume {run.cfg.out}")
-        sys.exit(0 if step == run.cfg.pause else 130)
-    if run.result is None:              # resumed after its last step
-        run.validate()
-    run.finish()
+    with run.saved_named():
+        train(run)
+        step, steps = run.progress["step"], run.cfg.steps
+        if step < steps:
+            processes.say(f"stopped after step {step} of {steps}; nothing is lost, go on with\n"
+                          f"    python train.py --resume {run.cfg.out}")
+            sys.exit(0 if step == run.cfg.pause else 130)
+        if run.result is None:          # resumed after its last step
+            run.validate()
+        run.finish()
     processes.leave()
 
 
@@ -80,7 +81,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:        # what a person can mend: a sentence, no traceback
-        said = str(error).strip()
-        if "Traceback" in said:                     # of a worker process: it ends in the sentence
-            said = said.splitlines()[-1].removeprefix("detr_min.data.coco_folder.DataError: ")
-        sys.exit(f"train.py: {said}")
+        sys.exit(f"train.py: {loop.what_is_said(error)}")
+    except KeyboardInterrupt:                     # before the first step
+        sys.exit(130)

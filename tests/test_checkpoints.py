@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from detr_min import backbone
-from detr_min.run import checkpoints, config, registry
+from detr_min.run import checkpoints, config, contents, registry
 
 TINY = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=2, num_queries=5,
             num_levels=3)
@@ -84,7 +84,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return pathlib.Path(tmp_path / "harm").touch, ()
 
-    torch.save({"format": checkpoints.FORMAT, "model": Harm()}, tmp_path / "evil.pt")
+    torch.save({"format": contents.FORMAT, "model": Harm()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError):
         checkpoints.load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists()

@@ -30,9 +30,17 @@ def go_on(out, **changes):
 
 def saved(out, step=2, **changes):
     """A run that was stopped after some step. Returns it."""
-    run = begin(out, **changes)
-    run.progress["step"] = step
+    run = at_step(begin(out, **changes), step)
     run.save("last.pt")
+    return run
+
+
+def at_step(run, step):
+    """The run, as if its optimizer had gone so many steps and moved nothing."""
+    run.progress["step"] = step
+    for p in run.detector.parameters():
+        run.optimizer.state[p] = {"step": torch.tensor(float(step)),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return run
 
 
@@ -130,7 +138,7 @@ def test_a_resnet_starts_from_imagenet_unless_told_otherwise(monkeypatch, tmp_pa
 
 def test_a_resumed_run_has_everything_it_had(tmp_path):
     """Weights, optimiser, flags and progress; --pause and --device are this command's."""
-    run = begin(tmp_path / "run", lr=0.01)
+    run = at_step(begin(tmp_path / "run", lr=0.01), 3)
     sum(p.square().sum() for p in run.detector.parameters()).backward()
     run.optimizer.step()
     run.progress.update(step=4, best_AP=0.25)

@@ -106,9 +106,9 @@ def test_matcher_and_tal_loss_know_no_network(name):
 
 @each_file
 def test_command_lines_belong_to_config_and_environment_variables_to_nobody(folder, name):
-    """checkpoints.py lets the Namespace of published files through and makes no parser."""
+    """contents.py lets the Namespace of published files through and makes no parser."""
     imports = outside_imports(folder, name)
-    allowed = ("run", "config"), ("run", "checkpoints")
+    allowed = ("run", "config"), ("run", "contents")
     assert "argparse" not in imports or (folder, name) in allowed
     assert not {"os.environ", "os.environb", "os.getenv"} & imports
     for node in ast.walk(tree_of(folder, name)):

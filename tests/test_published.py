@@ -15,7 +15,7 @@ import torchvision.ops as ops
 
 import eval as program
 from detr_min.data import coco_folder, shapes
-from detr_min.run import checkpoints, config, evaluate, registry
+from detr_min.run import checkpoints, config, contents, evaluate, registry
 
 D, FFN, N, LAYERS = 32, 48, 60, 2               # small; the release has 256, 2048, 900, 6
 CASES = ["dac", "two_stage", "refined", "plain"]
@@ -375,7 +375,7 @@ STRANGE = {             # what a file holds, given a good state dict; what the s
     "heads 7": (lambda good: {"model": good, "args": {"nheads": 7}}, "no complete checkpoint"),
     "heads str": (lambda good: {"model": good, "args": {"nheads": "8"}}, "nheads=8 in its args"),
 }
-OURS = {"format": checkpoints.FORMAT, "config": {}, "categories": [], "model": {}, "optimizer": {},
+OURS = {"format": contents.FORMAT, "config": {}, "categories": [], "model": {}, "optimizer": {},
         "progress": {}}
 
 

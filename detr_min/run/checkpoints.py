@@ -1,9 +1,8 @@
 """Save a run so that a crash never breaks it, load it again, and take weights from elsewhere.
 
 A checkpoint is one dict of tensors, numbers and strings, so it loads with `weights_only=True`: no
-pickle is executed. Read after `published.py`; used by train.py and eval.py.
+pickle is executed. Read after `contents.py` and `published.py`; used by train.py and eval.py.
 """
-import argparse
 import dataclasses
 import os
 import pathlib
@@ -13,9 +12,7 @@ import torch
 
 from .. import backbone
 from ..release import published, published_conditional, swin
-from . import config, registry
-
-FORMAT = "detr_min 1"
+from . import config, contents, registry
 
 
 def save(path, detector, optimizer, run_config, categories, progress):
@@ -33,7 +30,7 @@ def save(path, detector, optimizer, run_config, categories, progress):
     """
     path = pathlib.Path(path)
     unfinished = path.with_suffix(".unfinished")
-    content = {"format": FORMAT, "config": dataclasses.asdict(run_config),
+    content = {"format": contents.FORMAT, "config": dataclasses.asdict(run_config),
                "categories": [{"id": c["id"], "name": c["name"]} for c in categories],
                "model": detector.state_dict(), "optimizer": optimizer.state_dict(),
                "progress": progress}
@@ -49,71 +46,52 @@ def save(path, detector, optimizer, run_config, categories, progress):
         raise OSError(f"{path} could not be written ({error}): is the disk full?{kept}") from error
 
 
-def open_file(path):
-    """What a file of torch.save holds, all tensors on the CPU.
-
-    Published checkpoints hold their command line, an argparse.Namespace: it alone is let through.
-
-    Args:
-        path  a .pt file, or a run folder, whose last.pt is meant
-    Raises:
-        FileNotFoundError: nothing there
-        ValueError: it cannot be read
-    """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        if not (path / "last.pt").exists():
-            raise FileNotFoundError(f"{path} holds no last.pt: not a run folder, or one that was "
-                                    "stopped before its first save")
-        path = path / "last.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: a run folder or a .pt file is expected")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                          # torch raises many kinds on strange bytes
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): a "
-                         "broken or half-copied file, or one not made by torch.save") from error
-
-
 def read(path):
-    """The dict in a checkpoint of ours, as `save` made it; path and errors as `open_file`.
-
-    Raises:
-        ValueError: also where it is not one of ours
-    """
-    return check_ours(open_file(path), path)
+    """The dict in a checkpoint of ours; path and errors as `open_file` and `check_ours`."""
+    return contents.check_ours(contents.open_file(path), path)
 
 
-def check_ours(content, path):
-    """The content of a file, or a ValueError where `save` did not make it."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        keys = [*map(str, content)][:4] if isinstance(content, dict) else [type(content).__name__]
-        raise ValueError(f"{path} is not a checkpoint of this package; it holds "
-                         f"{', '.join(keys) or 'nothing'}")
-    parts = {"config": dict, "categories": list, "model": dict, "optimizer": dict, "progress": dict}
-    missing = {key for key, kind in parts.items() if not isinstance(content.get(key), kind)}
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: an incomplete checkpoint")
-    return content
-
-
-def weights_of(content, path, dc5=False):
+def weights_of(content, path, dc5=False, partly=False):
     """Find config, categories and state dict in the content of a file, ours or published.
 
+    Args:
+        content  what the file holds
+        path     of the file, for what is said of it
+        dc5      as `convert`
+        partly   True: tensors may be missing
     Raises:
-        ValueError: as `check_ours` and `convert`, naming the path
+        ValueError: as `check_ours` and `convert`; or they do not fit one another
     """
-    if published.recognises(content):
-        try:
-            return convert(content, dc5)
-        except ValueError as error:
-            raise ValueError(f"{path} is {error}") from error
-    content = check_ours(content, path)
+    is_published = published.recognises(content)
+    if not is_published:
+        contents.check_ours(content, path)
     try:
-        return config.from_dict(content["config"]), content["categories"], content["model"]
+        if is_published:
+            cfg, categories, state = convert(content, dc5)
+        else:
+            cfg, categories = config.from_dict(content["config"]), content["categories"]
+            state = dict(content["model"])          # without what else a state dict may carry
+        own = layout(cfg)
     except ValueError as error:
-        raise ValueError(f"{path} holds {error}") from error
+        raise ValueError(f"{path} {'is' if is_published else 'holds'} {error}") from error
+    own = {name: tensor for name, tensor in own.items() if name in state or not partly}
+    contents.refuse(path, contents.categories_fault(categories, cfg.recipe.num_classes)
+                    or contents.state_fault(state, own))
+    return cfg, categories, state
+
+
+def layout(cfg):
+    """The names and shapes of a Config's tensors, {name: tensor without numbers}.
+
+    Raises:
+        ValueError: sizes that no network has
+    """
+    try:
+        with torch.device("meta"):                      # no memory, no numbers
+            return registry.build(cfg).state_dict()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
+            ) as error:
+        raise ValueError(f"no network has such sizes ({error})") from error
 
 
 def convert(content, dc5=False):
@@ -131,8 +109,7 @@ def convert(content, dc5=False):
         settings = (published_conditional.settings_of(theirs, args, dc5) if is_conditional
                     else published.settings_of(theirs, args))
         cfg = config.preset(**settings)
-        with torch.device("meta"):                      # names and shapes, no memory, no numbers
-            own = registry.build(cfg).state_dict()
+        own = layout(cfg)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
             ) as error:                                 # of a network that cannot be
         raise ValueError(f"{published.INCOMPLETE}: {error} tells sizes, but is missing or odd"
@@ -149,14 +126,11 @@ def load_model(path, dc5=False):
         path  a run folder or a .pt or .pth file, ours or published
         dc5   as `convert`
     Raises:
-        FileNotFoundError, ValueError: as `open_file` and `weights_of`
+        FileNotFoundError, ValueError: as `contents.open_file` and `weights_of`
     """
-    run_config, categories, state = weights_of(open_file(path), path, dc5)
+    run_config, categories, state = weights_of(contents.open_file(path), path, dc5)
     detector = registry.build(run_config)
-    try:
-        detector.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own config: {str(error)[:300]}") from error
+    detector.load_state_dict(state)
     detector.config, detector.categories = run_config, categories
     return detector.eval()
 
@@ -193,21 +167,21 @@ def init_from(detector, categories, path):
     Raises:
         FileNotFoundError, ValueError: as `load_model`; or nothing fits at all
     """
-    own, content = detector.state_dict(), open_file(path)
+    own, content = detector.state_dict(), contents.open_file(path)
     state, theirs = swin.pretrained(published.state_of(content), own), ()
     if not state:
-        cfg, theirs, state = weights_of(content, path)
+        cfg, theirs, state = weights_of(content, path, partly=True)
         is_dc5 = isinstance(detector.backbone, backbone.ResNet50DC5)
         if cfg.backbone == "resnet50_dc5" and not is_dc5:
             raise ValueError(f"{path} is of a DC5 model, whose last stage is dilated: the same "
                              "weights without dilation see another scale. Take a preset of dc5")
     same_classes = [c["name"] for c in theirs] == [c["name"] for c in categories]
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     taken = {name: tensor for name, tensor in state.items()
              if name in own and own[name].shape == tensor.shape
              and (same_classes or not re.search("class_head|label_embed", name))}
     if not taken:
         raise ValueError(f"{path}: no tensor fits this model; was it made with another preset?")
+    contents.refuse(path, contents.state_fault(taken, {name: own[name] for name in taken}))
     in_part = {} if same_classes else objectness(state, own)
     detector.load_state_dict({**taken, **in_part}, strict=False)
     whole = {name for name, tensor in in_part.items() if len(tensor) == 1}      # the only row

@@ -6,18 +6,22 @@ are stored in every checkpoint. Read after `registry.py`.
 """
 import argparse
 import dataclasses
+import re
+import sys
 
 from . import registry
 
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """A number from `least` to `most`, both included."""
+    """A number from `least` to `most`, both included; or nested tuples of such numbers."""
     least: float
     most: float
 
     def __contains__(self, number):
-        return isinstance(number, (int, float)) and self.least <= number <= self.most
+        if isinstance(number, tuple):
+            return all(n in self for n in number)
+        return type(number) in (int, float) and self.least <= number <= self.most
 
     def __str__(self):
         ends = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
@@ -36,6 +40,9 @@ def flag(default, text, accepted=None):
     return dataclasses.field(default=default, metadata={"help": text, "accepted": accepted})
 
 
+SIZE, SHARE, IMAGES = Between(1, 2 ** 16), Between(0, 1), Between(0, 2 ** 31)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a preset fills in: the network and how it is trained."""
@@ -43,7 +50,7 @@ class Recipe:
     d_model: int = 256
     num_heads: int = 8
     num_levels: int = 4
-    num_points: int = 4             # sampling points a head and level
+    num_points: int = 4             # sampling points per head and level
     d_ffn: int = 2048
     dropout: float = 0.0
     start: str = "torch"            # published: release.deformable.start_as_published
@@ -73,13 +80,13 @@ class Config:
     backbone: str = flag("convnet", "resnet50 starts from ImageNet's weights",
                          OneOf(registry.names(registry.BACKBONES)))
     coco: str = flag("", "folder in COCO layout; empty = synthetic shapes, no download")
-    images: int = flag(0, "training images drawn from it, seeded; 0 = all", Between(0, 2 ** 31))
+    images: int = flag(0, "training images drawn from it, seeded; 0 = all", IMAGES)
     val_share: float = flag(0.2, "share of the training images that is held out for validation, "
                             "where --coco has no validation json", Between(0.01, 0.9))
     classes: str = flag("", "person,dog: only these classes; empty = all")
     epochs: int = flag(0, "passes over the training images; 0 = go by steps", Between(0, 2 ** 31))
     steps: int = flag(1000, "optimiser steps; replaces a preset's epochs", Between(1, 2 ** 40))
-    batch: int = flag(8, "images a step, all processes together", Between(1, 2 ** 20))
+    batch: int = flag(8, "images per step, all processes together", Between(1, 2 ** 20))
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
     lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-37, 1e37))
@@ -98,6 +105,13 @@ class Config:
     recipe: Recipe = Recipe()
 
 
+FACTOR = Between(0, 1e6)
+ACCEPTED = {                        # of a Recipe's fields, the others being a SIZE
+    "base": OneOf(registry.DECODERS), "decay": OneOf(("step", "cosine")),
+    "start": OneOf(("torch", "published")), "dropout": SHARE, "drop_at": SHARE,
+    "cell_weight": FACTOR, "weight_decay": FACTOR, "clip": FACTOR, "warmup": Between(0, 2 ** 40),
+    "swin": Between(0, 4096), "encoder_layers": Between(0, 1000),
+    "decoder_layers": Between(1, 1000)}
 MOST_SHAPES = 1_000_000
 FLAGS = [field for field in dataclasses.fields(Config) if field.name != "recipe"]
 PRESETS = {
@@ -172,6 +186,12 @@ def preset(name, **changes):
     return checked(Config(recipe=recipe, **{k: v for k, v in values.items() if k in names[0]}))
 
 
+def fits(value, kind, accepted=None):
+    """Whether a value is of a type, an int also being a float, and is accepted (None = any is)."""
+    return ((type(value) is kind or (kind is float and type(value) is int))
+            and (accepted is None or value in accepted))
+
+
 def checked(cfg):
     """Return the Config, or refuse a value or combination that no run can have.
 
@@ -180,8 +200,15 @@ def checked(cfg):
     """
     for field in FLAGS:
         value, accepted = getattr(cfg, field.name), field.metadata["accepted"]
-        if accepted is not None and value not in accepted:
-            raise ValueError(f"--{field.name} {value}: it must be {accepted}")
+        if not fits(value, field.type, accepted):
+            raise ValueError(f"--{field.name} {value}: it must be {accepted or field.type}")
+    for field in dataclasses.fields(Recipe):
+        value, accepted = getattr(cfg.recipe, field.name), ACCEPTED.get(field.name, SIZE)
+        if not fits(value, field.type, accepted):
+            raise ValueError(f"{field.name} {value}: it must be {accepted}")
+    if cfg.recipe.d_model % cfg.recipe.num_heads or cfg.recipe.d_model % 4:
+        raise ValueError(f"d_model {cfg.recipe.d_model}: it must be a multiple of 4 and of "
+                         f"num_heads {cfg.recipe.num_heads}")
     for name, table in (("model", registry.DECODERS), ("queries", registry.QUERIES),
                         ("backbone", registry.BACKBONES)):
         here = table[cfg.recipe.base]
@@ -201,14 +228,20 @@ def from_dict(values):
     Raises:
         ValueError: fields or values that this version does not know, or lacks
     """
-    values = dict(values)
     try:
-        recipe = dict(values.pop("recipe"))
+        values, recipe = dict(values), dict(**values["recipe"])
+        del values["recipe"]
         for name in {"dn_number", "slow_lr"} & recipe.keys():       # before they were flags
             values[name] = recipe.pop(name)
         return checked(Config(recipe=Recipe(**recipe), **values))
     except (TypeError, KeyError) as error:
         raise ValueError(f"a config of another version of this package: {error}") from error
+
+
+def plain_numbers(argv=None):
+    """The words of a command line, -1e-3 spelled out: argparse takes it for a flag."""
+    return [f"{float(word):.40f}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.I) else word
+            for word in (sys.argv[1:] if argv is None else argv)]
 
 
 def parse(doc, argv=None):
@@ -228,7 +261,7 @@ def parse(doc, argv=None):
         parser.add_argument(
             f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(),
             help=field.metadata["help"] + (f" ({accepted})" if accepted else ""))
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(plain_numbers(argv)))
     if given.get("steps") and given.get("epochs"):
         parser.error("--steps and --epochs both say how long to train: give one")
     for name in ("coco", "classes", "init_from", "resume", "out"):
@@ -236,6 +269,8 @@ def parse(doc, argv=None):
             parser.error(f"--{name} is empty: is it an unset variable of your shell?")
     values = {**given, "epochs": 0} if given.get("steps") else given
     name = given.get("preset", "coco" if given.get("coco") else "shapes")
+    if given.get("coco"):
+        values = {"images": 0, **values}                    # whatever the preset has of shapes
     if not given.get("coco"):
         if given.get("classes"):
             parser.error("--classes chooses among the classes of --coco DIR, which is missing")

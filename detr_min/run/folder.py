@@ -10,7 +10,7 @@ import pathlib
 
 import torch
 
-from . import checkpoints, config, logfile, loop, optim, processes, registry, sets
+from . import checkpoints, contents, logfile, loop, optim, processes, registry, sets
 
 try:
     import fcntl
@@ -55,12 +55,17 @@ def read_resumed(cfg):
     elif folder.is_file():
         raise ValueError(f"--resume {folder}: a run goes on from its last.pt, so name its folder; "
                          f"to start a new run from this file's weights, use --init_from {folder}")
+    elif not folder.exists():
+        raise FileNotFoundError(f"--resume {folder} does not exist: the folder of a run is expected"
+                                ", as train.py names it when it starts and stops")
     content = checkpoints.read(folder)
+    own, _, content["model"] = checkpoints.weights_of(content, folder / "last.pt")
+    contents.refuse(folder / "last.pt", contents.progress_fault(content["progress"], own))
     step = content["progress"]["step"]
     if 0 < cfg.pause <= step:
         raise ValueError(f"--pause {cfg.pause}: the run is at step {step} already")
-    return dataclasses.replace(config.from_dict(content["config"]), out=str(folder),
-                               resume=str(folder), pause=cfg.pause, device=cfg.device), content
+    return dataclasses.replace(own, out=str(folder), resume=str(folder), pause=cfg.pause,
+                               device=cfg.device), content
 
 
 def start(cfg):
@@ -97,7 +102,10 @@ def start(cfg):
         first_weights(detector, cfg, train_set.categories)
     optimizer = optim.make_optimizer(detector.to(device), cfg)
     if content:
-        optimizer.load_state_dict(content["optimizer"])
+        contents.refuse(f"{cfg.resume}/last.pt", contents.optimizer_fault(
+            content["optimizer"], optimizer, progress["step"]))
+        optimizer.load_state_dict({**optimizer.state_dict(),        # rates follow from the config
+                                   "state": content["optimizer"]["state"]})
     run = loop.Run(cfg, device, detector, optimizer, train_set, plain_set, val_set, progress)
     return open_folder(run)
 
@@ -143,7 +151,8 @@ def open_folder(run):
              "train_image_ids": run.train_set.image_ids if cfg.coco else "1 and up",
              "held_out_image_ids": run.val_set.image_ids if run.val_set.is_held_out else []},
             indent=2))
-        (out / "last.unfinished").unlink(missing_ok=True)           # of a process that was killed
+        for name in ("last", "best", "log"):                        # of a process that was killed
+            (out / f"{name}.unfinished").unlink(missing_ok=True)
     processes.say(
         f"{cfg.model} on {cfg.coco or 'synthetic shapes'}: {len(run.train_set)} training and "
         f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px"

@@ -1,6 +1,7 @@
 """log.jsonl: one line for people and machines every so many steps. Read after nothing."""
 import json
 import math
+import os
 import time
 
 import torch
@@ -23,9 +24,10 @@ def describe(line):
 def step_of(line):
     """The step of a line of log.jsonl; of one torn by a crash, infinity."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 class Log:
@@ -36,9 +38,14 @@ class Log:
 
     def __init__(self, path, last_step):
         self.path, self.steps = path, []
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if step_of(line) <= last_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        text = path.read_text(errors="replace") if path.exists() else ""
+        kept = [line for line in text.splitlines() if step_of(line) <= last_step]
+        self.validated = {step_of(line) for line in kept if "val" in json.loads(line)}
+        left = "".join(line + "\n" for line in kept)
+        if left != text:                # in one move, so that a crash here loses no line
+            path.with_suffix(".unfinished").write_text(left)
+            os.replace(path.with_suffix(".unfinished"), path)
+        path.touch()
         self.restart_clock()
 
     def restart_clock(self):
@@ -66,9 +73,13 @@ class Log:
         return line
 
     def write(self, line, text, visible=True):
-        """Append a line to the file, print its text above the progress bar, restart the clock."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append a line to the file, print its text above the progress bar, restart the clock.
+
+        A validation that the file has already, of a run resumed after its last step, is printed.
+        """
+        if "val" not in line or line["step"] not in self.validated:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if visible:
             tqdm.write(text)
         self.restart_clock()

@@ -10,14 +10,19 @@ import math
 import os
 import pathlib
 import signal
+import sys
 
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 
 from ..data import batches, dataset
 from . import checkpoints, config, draw, evaluate, logfile, processes
 
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
+ENDED = {               # what torch says when another process is gone -> what that means
+    "DataLoader worker (pid": "a process that reads pictures was killed; is the memory full?",
+    "Connection closed by peer": "another process of this run has ended",
+    "Connection reset by peer": "another process of this run has ended"}
 NOT_FINITE = "the loss or its gradient is not finite: a lower --lr may help"
 
 
@@ -37,18 +42,27 @@ class Run:
     result: tuple = None                    # the last validation's metrics and table
 
     def batches(self):
-        """Yield (step, (images, is_pad, targets)), on the device, from the step after the last."""
+        """Yield (step, (images, is_pad, targets)), on the device, from the step after the last.
+
+        What a step leaves to chance, such as dropout, follows from the seed and the step.
+        """
         chosen = batches.batches(len(self.train_set), self.cfg.batch, self.cfg.seed,
                                  self.progress["step"], self.cfg.steps, processes.rank(),
                                  processes.world())
+        ended = multiprocessing.Event()
         loader = torch.utils.data.DataLoader(
             self.train_set, batch_sampler=chosen, collate_fn=batches.collate,
-            pin_memory=self.device.type == "cuda", worker_init_fn=leave_signals_to_the_loop,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=functools.partial(leave_signals_to_the_loop, ended),
             num_workers=min(4, os.cpu_count() // 2) if self.cfg.coco else 0)
-        for step, (images, is_pad, targets) in enumerate(loader, start=self.progress["step"] + 1):
-            targets = [t._replace(labels=t.labels.to(self.device), boxes=t.boxes.to(self.device))
-                       for t in targets]
-            yield step, (images.to(self.device), is_pad.to(self.device), targets)
+        try:
+            for step, (images, is_pad, targets) in enumerate(loader, self.progress["step"] + 1):
+                torch.manual_seed(batches.mixed_seed(self.cfg.seed, step, processes.rank(), 1))
+                targets = [t._replace(labels=t.labels.to(self.device),
+                                      boxes=t.boxes.to(self.device)) for t in targets]
+                yield step, (images.to(self.device), is_pad.to(self.device), targets)
+        finally:
+            ended.set()
 
     def is_due(self, step, times):
         """Whether something that happens so many times in a run happens at this step."""
@@ -64,6 +78,20 @@ class Run:
                              f"{[t.image_id for t in targets]}); step {self.progress['saved']} is "
                              "the last one saved") from error
 
+    @contextlib.contextmanager
+    def saved_named(self):
+        """Say of a full disk, or of a process that is gone, what is saved."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            said = [text for words, text in ENDED.items() if words in str(error)]
+            if isinstance(error, RuntimeError) and not said:
+                raise
+            step, out = self.progress["saved"], self.cfg.out
+            how = f"go on with --resume {out}" if step else "begin anew"
+            raise OSError(f"{''.join(said) or what_is_said(error)}; step {step} is the last one "
+                          f"saved in {out}: {how}") from error
+
     def write_log(self, step, lr):
         """A line of means since the last one, into the log and to the terminal."""
         steps = len(self.log.steps)
@@ -75,10 +103,11 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint; last.pt is what --resume goes on from."""
-        self.progress["saved"] = self.progress["step"]
+        if name == "last.pt":
+            self.progress["saved"] = self.progress["step"]
         if processes.rank() == 0:
             checkpoints.save(pathlib.Path(self.cfg.out) / name, self.detector, self.optimizer,
-                             self.cfg, self.val_set.categories, self.progress)
+                             self.cfg, self.train_set.categories, self.progress)
 
     def validate(self):
         """Measure AP on the validation set, log and draw it, keep the best model as best.pt."""
@@ -118,10 +147,13 @@ class Run:
                 f"{evaluate.headline(metrics)}")
 
 
-def leave_signals_to_the_loop(worker):
-    """Ctrl-C reaches the workers that read pictures as well; it is the training loop that stops."""
+def leave_signals_to_the_loop(ended, worker):
+    """Keep a worker that reads pictures alive until the loop has ended, which alone decides when.
+
+    Ctrl-C and SIGTERM may reach all processes. With SIGTERM the loader also ends its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # by which the loader ends its workers
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.is_set() and os._exit(0))
 
 
 class Interrupt:
@@ -135,8 +167,10 @@ class Interrupt:
     def request(self, number, frame):
         """Called by the signal."""
         if self.requested:
-            raise SystemExit("stopped at once")
+            sys.exit(130)
         self.requested = True
+        os.write(2, b"\nstopping once this step is saved; a second signal stops at once, and loses"
+                    b" the steps since the last save\n")       # print could be interrupted itself
 
 
 def check_finite(number):
@@ -147,3 +181,9 @@ def check_finite(number):
     """
     if not number.isfinite():
         raise ValueError(NOT_FINITE)
+
+
+def what_is_said(error):
+    """What an error says; a worker's comes with a traceback, which ends in the sentence."""
+    text = str(error).strip()
+    return text.splitlines()[-1].split("Error: ", 1)[-1] if "Traceback" in text else text
