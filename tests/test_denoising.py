@@ -46,6 +46,15 @@ def test_number_of_groups(most, groups):
     assert noisy.labels.shape == (2, 2 * most * groups) == noisy.boxes.shape[:2]
 
 
+def test_several_processes_are_not_the_same_run_with_denoising():
+    """docs/differences.md, row 13: images of 5 and 1 objects together, then each on its own."""
+    cfg = config.preset("shapes", **{**SIZES, "dn_number": 10})
+    targets, inputs = targets_(5, 1), registry.training(cfg).inputs
+    together = inputs(None, None, targets, 1, 0)[2]
+    apart = [inputs(None, None, targets[rank:][:1], 1, rank)[2] for rank in (0, 1)]
+    assert together.num_groups == 2 and [noisy.num_groups for noisy in apart] == [2, 10]
+
+
 def test_layout_without_noise_is_positives_then_negatives_in_each_group():
     """Two images of 2 and 1 objects, G = 2: slots 0-1 positive, 2-3 negative, 4-5, 6-7 again."""
     targets = targets_(2, 1)
