@@ -50,10 +50,18 @@ def test_batches_of_a_long_run_are_not_made_in_advance():
 
 
 def test_seeds_of_neighbours_differ_and_are_numpys():
-    """SeedSequence's numbers are fixed by numpy for ever; so old runs can be repeated."""
+    """SeedSequence's numbers are fixed by numpy for ever, so old runs can be repeated."""
     seeds = {batches.mixed_seed(a, b) for a in range(8) for b in range(8)}
     assert len(seeds) == 64
-    assert batches.mixed_seed(0, 1) == np.random.SeedSequence((0, 1)).generate_state(1)[0]
+    expected = np.random.SeedSequence((2, 0, 7, 3, 1)).generate_state(1)[0]
+    assert batches.mixed_seed(7, 3 * 2**32 + 1) == expected             # two words each, high first
+
+
+def test_no_two_lists_of_integers_give_one_seed():
+    """Zeros at the end count, and so does where one integer ends and the next begins."""
+    lists = [(), (0,), (0, 0), (0, 0, 0), (5,), (5, 0), (5, 0, 0), (0, 5), (2**32,), (0, 1), (1, 0),
+             (2**32, 0), (5 + 2**32, 7), (5, 1, 7), (2**63 - 1,), (2**32 - 1, 2**31 - 1)]
+    assert len({batches.mixed_seed(*integers) for integers in lists}) == len(lists)
 
 
 def test_batches_that_cannot_be_shared_are_refused():

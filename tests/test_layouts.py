@@ -70,9 +70,10 @@ def test_the_lines_that_convert_a_folder_do_so(tmp_path, name):
     write, places = FOREIGN[name]
     write(tmp_path / "it's mine", places)
     said = refusal(tmp_path / "it's mine")
-    layout, (sentence, *lines) = " ".join(name.split()[:2 if "VOC" in name else 1]), said.split("\n")
+    sentence, *lines = said.split("\n")
+    layout = "Pascal VOC" if "VOC" in name else "YOLO"
     assert f"instances_train.json exists; this is {layout} ({tmp_path}" in sentence
-    assert sentence.endswith(f"for --coco {tmp_path / 'it' }'s mine_coco")
+    assert sentence.endswith(f"for --coco {tmp_path / 'it'}'s mine_coco")
     assert len(lines) == 1 + len(places)
     pytest.importorskip("supervision", reason="pip install supervision")
     code = "\n".join(line.removeprefix("    ") for line in lines)

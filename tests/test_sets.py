@@ -103,7 +103,8 @@ def test_a_folder_with_a_validation_json_says_nothing_of_it(folder):
 def test_configs_from_before_val_share_still_load():
     values = dataclasses.asdict(config.preset("coco"))
     del values["val_share"]
-    assert config.from_dict(values) == config.preset("coco") and config.preset("coco").val_share == .2
+    assert config.from_dict(values) == config.preset("coco")
+    assert config.preset("coco").val_share == 0.2
 
 
 def test_an_object_without_a_query_is_refused_before_training(tmp_path):

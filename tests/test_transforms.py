@@ -64,8 +64,8 @@ def test_multi_scale_sizes_are_detrs():
         h, w = transform(*blank(480, 640))[0].shape[1:]
         assert min(h, w) <= 800 and max(h, w) <= 1333
         shapes_px.add((h, w))
-    short = {h for h, w in shapes_px if abs(w / h - 4 / 3) < 0.003}
-    assert short <= {s - cut for s in range(480, 801, 32) for cut in (0, 1)}    # int() may cut 1
+    short = {h for h, w in shapes_px if w == int(h * 4 / 3)}
+    assert short <= set(range(480, 801, 32)) | {750}        # 750: a crop of another shape, by chance
     assert len(short) > 4 and len(shapes_px) > len(short) + 4        # several sizes, several crops
 
 
@@ -78,6 +78,14 @@ def test_scaled_down_crops_are_scaled_too():
         torch.manual_seed(seed)
         seen.add(tuple(crop(*blank(125, 166))[0].shape[1:]))
     assert all(96 <= h <= 125 and 96 <= w <= 150 for h, w in seen) and len(seen) > 40
+
+
+def test_a_training_size_is_rounded_as_a_test_size_is():
+    """Of 200x640 a short side of 480 to 800 is bounded: 416.6 becomes 417, as in DETR's code."""
+    sizes = transforms.multi_scale_and_crop(800, 1333).transforms[1].transforms[0]
+    assert {sizes(*blank(200, 640))[0].shape for _ in range(20)} == {(3, 417, 1334)}
+    thin = transforms.multi_scale_and_crop(64, 107)
+    assert min(min(thin(*blank(1, 150))[0].shape) for _ in range(20)) == 1      # never 0 pixels
 
 
 def test_a_small_picture_is_cropped_to_what_it_has():

@@ -9,8 +9,12 @@ import torch
 
 
 def mixed_seed(*integers):
-    """One 32-bit seed from several integers >= 0; neighbours give unrelated seeds."""
-    return int(np.random.SeedSequence(integers).generate_state(1)[0])
+    """One 32-bit seed from several integers below 2^64; neighbours give unrelated seeds.
+
+    Their number comes first and each is two words: SeedSequence itself ignores zeros at the end.
+    """
+    words = [word for number in integers for word in divmod(number, 2**32)]
+    return int(np.random.SeedSequence((len(integers), *words)).generate_state(1)[0])
 
 
 def generator(*integers):

@@ -4,6 +4,7 @@ A transform takes (picture, objects) and returns the same; its chance is torch's
 stream, which `dataset.py` seeds for each picture. Read after nothing.
 """
 import functools
+import math
 
 import torch
 from torchvision.transforms import v2
@@ -30,7 +31,7 @@ def flip_only():
 
 
 def resize(size, max_size):
-    """DETR's for tests, nothing random: see resized_sides."""
+    """DETR's, nothing random: see resized_sides."""
     return functools.partial(resize_all, size, max_size)
 
 
@@ -56,8 +57,8 @@ def multi_scale_and_crop(size, max_size):
     """DETR's augmentation for COCO, its pixel numbers (made for size 800) scaled to `size`."""
     def px(*sides):
         return [round(side * size / 800) for side in sides]
-    sizes = v2.RandomShortestSize(px(*range(480, 801, 32)), max_size)
-    first = v2.RandomShortestSize(px(400, 500, 600))
+    sizes = v2.RandomChoice([resize(side, max_size) for side in px(*range(480, 801, 32))])
+    first = v2.RandomChoice([resize(side, math.inf) for side in px(400, 500, 600)])
     crop = v2.Compose([first, RandomSizeCrop(*px(384, 600)), sizes])
     return v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomChoice([sizes, crop])])
 
