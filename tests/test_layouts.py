@@ -1,6 +1,8 @@
 """Which layout a folder of data has, and whether the lines that convert it really do."""
 import copy
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from detr_min.data import coco_folder, dataset, layouts, transforms
+from detr_min.run import config, sets
 from helpers import GOOD, write_coco
 
 KEEP_SIZE = transforms.resize(60, 60)
@@ -176,3 +179,55 @@ def test_a_folder_of_pictures_alone_is_told_what_is_missing(tmp_path):
     write_pictures(tmp_path)
     assert refusal(tmp_path) == (f"neither {tmp_path}/annotations/instances_train2017.json nor "
                                  f"{tmp_path}/annotations/instances_train.json exists")
+
+
+# ---------------------------------------------------------------- docs/data.md
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "data.md").read_text()
+TREES = [tree.split() for tree in re.findall(r"```text\n(.*?)```", PAGE, re.S)]
+CODE = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.S))
+COMMANDS = re.findall(r"^python train.py (.*)", PAGE, re.M)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=["coco", "roboflow", "single"])
+def test_each_folder_of_the_page_is_read_by_its_commands(tmp_path, monkeypatch, tree):
+    """A json describes the pictures in its own folder, in images/ or in the one of its name."""
+    monkeypatch.chdir(tmp_path)
+    for path in map(pathlib.Path, tree):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jpg":
+            write_pictures(path.parent, [path.name])
+    for path in (path for path in map(pathlib.Path, tree) if path.suffix == ".json"):
+        near = [path.parent, path.parent / "images",
+                path.parent.parent / path.stem.removeprefix("instances_")]
+        names = sorted({picture.name for folder in near for picture in folder.glob("*.jpg")})
+        path.write_text(json.dumps({
+            "categories": [{"id": 4, "name": "person"}, {"id": 9, "name": "dog"}],
+            "images": [{"id": i, "file_name": name, "width": 60, "height": 40}
+                       for i, name in enumerate(names)],
+            "annotations": [{"image_id": i, "category_id": 9, "bbox": [6, 4, 30, 20]}
+                            for i in range(len(names))]}))
+    assert len(COMMANDS) == 2
+    for command in COMMANDS:
+        cfg, _ = config.parse("", command.split())
+        train_set, _ = sets.open_train(cfg)
+        val_set = sets.open_val(cfg, train_set.categories)
+        assert (len(train_set), len(val_set)) == (1, 1)
+        assert val_set.is_held_out == (tree == TREES[2])
+        assert [target.labels.tolist() for _, target in val_set] == [[1]]
+
+
+@pytest.mark.parametrize("name, write, places", [
+    ("yolo", write_yolo, FOREIGN["YOLO by Roboflow"][1]),
+    ("voc", write_voc, FOREIGN["Pascal VOC"][1])])
+def test_the_lines_of_the_page_are_those_of_the_message_and_work(tmp_path, monkeypatch, name, write,
+                                                                 places):
+    monkeypatch.chdir(tmp_path)
+    write(pathlib.Path(f"my_{name}"), places)
+    lines = refusal(pathlib.Path(f"my_{name}")).replace("'", '"').replace(f"my_{name}_coco",
+                                                                         "my_data").splitlines()
+    assert "\n".join(line.strip() for line in lines[1:]) == CODE[name].strip()
+    pytest.importorskip("supervision", reason="pip install supervision")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", CODE[name]], check=True, timeout=120)
+    for split in ("train", "val"):
+        assert len(dataset.open_folder("my_data", split, KEEP_SIZE)) == len(places)
