@@ -69,7 +69,7 @@ def refuse(path, fault):
 def categories_fault(categories, num_classes):
     """They are [{"id", "name"}], one per class, of different names."""
     if not all(isinstance(c, dict) and type(c.get("name")) is str
-               and type(c.get("id")) in (int, type(None)) for c in categories):
+               and type(c.get("id", "")) in (int, type(None)) for c in categories):
         return "a category is no id and name"
     if not num_classes == len(categories) == len({c["name"] for c in categories}):
         return f"its {num_classes} classes do not have {num_classes} categories of different names"

@@ -103,11 +103,11 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint; last.pt is what --resume goes on from."""
-        if name == "last.pt":
-            self.progress["saved"] = self.progress["step"]
+        step = {"saved": self.progress["step"]} if name == "last.pt" else {}
         if processes.rank() == 0:
             checkpoints.save(pathlib.Path(self.cfg.out) / name, self.detector, self.optimizer,
-                             self.cfg, self.train_set.categories, self.progress)
+                             self.cfg, self.train_set.categories, {**self.progress, **step})
+        self.progress.update(step)                          # only once it is written
 
     def validate(self):
         """Measure AP on the validation set, log and draw it, keep the best model as best.pt."""
