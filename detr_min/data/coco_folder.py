@@ -163,8 +163,8 @@ def check_picture(root, folder, image, path):
     except (OSError, ValueError):               # a name that is too long, or no name at all
         is_there = False
     if not is_there:
-        raise FileNotFoundError(f"{file} (image id {image['id']}) is in {path} but missing or "
-                                "empty on disk: an interrupted download?")
+        raise FileNotFoundError(f"{str(file)[:500]} (image id {image['id']}) is in {path} but "
+                                "missing or empty on disk: an interrupted download?")
     if not any(real.startswith(os.path.join(os.path.realpath(f), "")) for f in (folder, root)):
         raise DataError(f"{file} (image id {image['id']}) is {real}, outside the data set's folder:"
                         " copy it there, or link the whole folder of pictures")
