@@ -212,6 +212,14 @@ def test_any_json_gives_valid_tensors_or_a_sentence(root):
     assert tree(root.parent / "outside") == before
 
 
+@pytest.mark.parametrize("name", EVIL, ids=ascii)
+def test_each_odd_name_alone(root, name):
+    """Only ../val/ok.png leads to a picture in the folder."""
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(
+        GOOD | {"images": [{**image, "file_name": name} for image in GOOD["images"]]}))
+    assert outcome(root) == ("valid" if name == "../val/ok.png" else "refused")
+
+
 def test_a_damaged_file_of_json_is_refused_or_still_right(root):
     """1000 texts: cut, with bytes replaced, doubled, or nested thousands deep."""
     path = root / "annotations" / "instances_val.json"
