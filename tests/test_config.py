@@ -113,6 +113,10 @@ def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
 @pytest.mark.parametrize("words, sentence", [
     (["--model", "dca"], "--model dca: it must be one of deformable, deformable_once, "),
     (["--lr", "-1"], "--lr -1.0: it must be a number from 1e-37 to"),
+    (["--lr", "-1e-3"], "--lr -0.001: it must be a number from 1e-37 to"),
+    (["--lr=-2.5E+2"], "--lr -250.0: it must be a number from 1e-37 to"),
+    (["--preset", "nope"], "--preset nope is unknown; there are shapes, coco, paper_r50"),
+    (["--preset", "nope", "--coco", "x"], "--preset nope is unknown; there are shapes, coco"),
     (["--queries", "learned", "--dn_number", "5"],
      "--queries learned takes no denoising queries, .*: add --dn_number 0"),
     (["--preset", "paper_r50", "--coco", "x", "--queries", "learned"], "add --dn_number 0"),
@@ -141,6 +145,23 @@ def test_denoising_is_the_papers_and_not_the_small_presets():
 def test_the_release_preset_is_paper_r50_with_the_releases_decoder_and_loss():
     changes = {"preset": "release", "model": "dac_release", "loss": "align"}
     assert config.preset("release") == config.preset("paper_r50", **changes)
+
+
+def test_a_preset_of_shapes_on_a_folder_takes_all_of_its_images():
+    """2000 is a number of shapes, which nobody asked a folder for."""
+    for words, images in ((["--coco", "x"], 0), (["--coco", "x", "--images", "7"], 7), ([], 2000)):
+        assert config.parse("doc", ["--preset", "shapes", *words])[0].images == images
+
+
+@pytest.mark.parametrize("changes", [
+    dict(size="big"), dict(size=64.0), dict(lr="1"), dict(out=3), dict(seed=True),
+    dict(d_model=130), dict(d_model=66), dict(num_heads=0), dict(num_points=1.5),
+    dict(encoder_layers=-1), dict(swin=(1, "a")), dict(drop_at=float("nan")),
+    dict(base="none"), dict(decay=None)])
+def test_values_of_another_type_or_size_are_refused_by_name(changes):
+    [name] = changes
+    with pytest.raises(ValueError, match=f"{name} .*it must be"):
+        config.preset("shapes", **changes)
 
 
 def test_resume_takes_no_other_flag_but_pause_and_device():

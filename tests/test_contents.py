@@ -117,6 +117,9 @@ def variants():
     yield "no progress", put("progress", {}), ("resume",)
     for key, value in PROGRESS:
         yield f"progress {key} {value!r}", put("progress", key, value), ("resume",)
+    yield "a billion shapes", lambda content: (put("config", "images", 10 ** 9)(content),
+                                               put("progress", "images", 10 ** 9)(content)), (
+        "resume",)
     yield "no optimizer", put("optimizer", {}), ("resume",)
     yield "SGD", put("optimizer", torch.optim.SGD([torch.ones(2)], momentum=.9).state_dict()), (
         "resume",)

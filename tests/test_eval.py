@@ -144,6 +144,7 @@ def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["nowhere"], "nowhere does not exist"),
     (["--threshold", "2", "x"], "--threshold 2.0: it must be from 0 to 1"),
+    (["--threshold", "-1e-3", "x"], "--threshold -0.001: it must be from 0 to 1"),
     (["--images", "-1", "x"], "--images -1"), (["--photos", "", "x"], "--photos is empty")])
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
     with pytest.raises((ValueError, OSError, SystemExit)) as stop:

@@ -96,6 +96,13 @@ def test_a_run_that_never_saved_may_begin_again(tmp_path):
         begin(tmp_path / "mine")
 
 
+def test_a_run_that_saved_only_its_best_is_not_said_to_go_on(tmp_path):
+    """Killed between a first validation and the first save."""
+    begin(tmp_path / "run").save("best.pt")
+    with pytest.raises(FileExistsError, match="best.pt.: delete it, for no run goes on without"):
+        begin(tmp_path / "run")
+
+
 def test_a_second_process_on_one_folder_is_refused(tmp_path):
     """And config.json stays the first one's."""
     run = begin(tmp_path / "run", seed=7)
@@ -185,6 +192,18 @@ def test_a_resume_on_other_data_is_refused(tmp_path):
         go_on(tmp_path / "run")
 
 
+def test_classes_without_validation_images_do_not_stop_a_resume(tmp_path):
+    """The json of validation lacks a class, or gives it another id: training's ids are saved."""
+    shapes.write_folder(tmp_path / "data", 4, 2, size_px=64)
+    path = tmp_path / "data" / "annotations" / "instances_val.json"
+    coco = json.loads(path.read_text())
+    gone = coco["categories"].pop()["id"]
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] != gone]
+    path.write_text(json.dumps(coco))
+    saved(tmp_path / "run", preset="coco", coco=str(tmp_path / "data"), images=0)
+    assert len(go_on(tmp_path / "run").train_set.categories) == 4
+
+
 def test_a_pause_that_lies_behind_is_refused(tmp_path):
     saved(tmp_path / "run", step=2)
     for pause in (1, 2):
@@ -195,8 +214,8 @@ def test_a_pause_that_lies_behind_is_refused(tmp_path):
 def test_a_resume_of_nothing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no last.pt"):
         go_on(tmp_path)
-    with pytest.raises(FileNotFoundError, match="typo.pt does not exist"):
-        go_on(tmp_path / "typo.pt")
+    with pytest.raises(FileNotFoundError, match="--resume .*typo does not exist: the folder of a"):
+        go_on(tmp_path / "typo")
 
 
 def test_a_resume_of_another_file_is_refused(tmp_path):

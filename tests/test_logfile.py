@@ -53,12 +53,32 @@ def test_lines_are_written_and_shown(tmp_path, capsys):
     assert "shown" in out.out + out.err and "hidden" not in out.out + out.err
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "[1]", "{}", "null", "\x00\x01"])
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "[1]", "{}", "null", "\x00\x01",
+                                  '{"step": "1"}', '{"step": true}', "[" * 10 ** 5])
 def test_lines_after_the_last_save_are_dropped(tmp_path, torn):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + torn)
     logfile.Log(path, last_step=2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_validation_is_written_once(tmp_path):
+    """A run that was stopped after its last step validates again when it is resumed."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2}\n{"step": 2, "val": 1}\n')
+    log = logfile.Log(path, last_step=2)
+    log.write({"step": 2, "val": 1}, "shown")
+    log.write({"step": 3, "val": 1}, "shown")
+    assert path.read_text() == '{"step": 2}\n{"step": 2, "val": 1}\n{"step": 3, "val": 1}\n'
+
+
+def test_a_crash_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 5}\n')
+    monkeypatch.setattr(logfile.os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logfile.Log(path, last_step=1)
+    assert path.read_text() == '{"step": 1}\n{"step": 5}\n'
 
 
 def test_a_line_for_people():

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from test_folder import begin, few_validation_images, saved  # noqa: F401
+from test_folder import at_step, begin, few_validation_images, go_on, saved  # noqa: F401
 
 from detr_min.run import checkpoints, loop
 
@@ -33,6 +33,48 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert run.progress["best_AP"] == 0.5 and run.result[1] == "table"
     lines = [*map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
     assert [line["val"]["AP"] for line in lines] == [0.2, 0.5, None, 0.4]
+
+
+def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
+    """Not best.pt, from which no run goes on, and not one for which the disk was full."""
+    def full(*args):
+        raise OSError("full")
+
+    run = at_step(begin(tmp_path / "run"), 3)
+    run.save("best.pt")
+    assert run.progress["saved"] == 0
+    with pytest.raises(OSError, match="full; step 0 is the last one saved in .*: begin anew"):
+        with run.saved_named(), monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "save", full)
+            run.save("last.pt")
+    run.save("last.pt")
+    assert run.progress["saved"] == 3
+    assert checkpoints.read(tmp_path / "run")["progress"]["saved"] == 3
+
+
+@pytest.mark.parametrize("said, meaning", [
+    ("DataLoader worker (pid 5) is killed by signal: Killed. ", "reads pictures was killed"),
+    ("[pair.cc:1] Connection closed by peer [127.0.0.1]", "another process of this run has ended")])
+def test_a_process_that_is_gone_is_named(said, meaning, tmp_path):
+    run = saved(tmp_path / "run", step=2)
+    with pytest.raises(OSError, match=f"{meaning}.*; step 2 is the last one saved in .*--resume"):
+        with run.saved_named():
+            raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="^a defect$"):
+        with run.saved_named():
+            raise RuntimeError("a defect")
+
+
+def test_what_a_step_leaves_to_chance_follows_from_seed_and_step(tmp_path):
+    """Dropout, say: a resumed run draws what the straight one draws, another step other numbers."""
+    def drawn(run):
+        return [torch.rand(3) for _ in run.batches()]
+    straight = drawn(begin(tmp_path / "straight"))
+    torch.rand(5)
+    saved(tmp_path / "run", step=2)
+    resumed = drawn(go_on(tmp_path / "run"))
+    assert all(map(torch.equal, resumed, straight[2:])) and len(resumed) == 4
+    assert len({tuple(numbers.tolist()) for numbers in straight}) == 6
 
 
 def test_an_error_names_step_images_and_what_is_saved(tmp_path):
@@ -70,5 +112,6 @@ def test_the_first_signal_is_noted_the_second_ends_all(name):
         assert not interrupt.requested
         os.kill(os.getpid(), name)
         assert interrupt.requested
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             os.kill(os.getpid(), name)
+        assert stop.value.code == 130

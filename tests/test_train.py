@@ -201,6 +201,8 @@ def test_a_finished_run_can_be_finished_again(monkeypatch, tmp_path):
     (tmp_path / "run" / "metrics.json").unlink()
     run(monkeypatch, "--resume", tmp_path / "run" / "last.pt")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
+    lines = log_of(tmp_path / "run")
+    assert [step for step, _, val in lines if val] == [1, 2] and len(lines) == 4
 
 
 def test_init_from_starts_where_the_other_ended(monkeypatch, tmp_path, capsys):

@@ -174,7 +174,7 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise ValueError(f"--preset {name} is unknown; there are {', '.join(PRESETS)}")
     values = {"preset": name, **PRESETS[name], **changes}
-    if "size" in changes and "max_size" not in changes:
+    if fits(changes.get("size"), int) and "max_size" not in changes:
         share = changes["size"] / PRESETS[name]["size"]
         values["max_size"] = max(round(share * PRESETS[name]["max_size"]), 1)
     names = [{field.name for field in dataclasses.fields(cls)} for cls in (Config, Recipe)]

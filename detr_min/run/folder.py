@@ -32,8 +32,10 @@ def new_folder(cfg):
             raise FileExistsError(f"--out {out} is a file: a folder is expected")
         held = [name for name in FILES if (out / name).exists()]
         if held and held != ["config.json", "log.jsonl"]:       # these two: it never saved anything
-            raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): go on "
-                                  f"with --resume {out}, or take another name")
+            how = f"go on with --resume {out}"
+            how = how if "last.pt" in held else "delete it, for no run goes on without last.pt"
+            raise FileExistsError(f"--out {out} holds a run already ({', '.join(held)}): {how}, or "
+                                  "take another name")
         return out
     model = [cfg.model] + ["conditional"] * (cfg.recipe.base == "conditional" != cfg.model)
     words = ["_".join(model), pathlib.Path(cfg.coco).resolve().name if cfg.coco else "shapes"]
