@@ -81,6 +81,14 @@ def test_a_crash_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n{"step": 5}\n'
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = logfile.Log(tmp_path / "log.jsonl", 0)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(OSError, match="log.jsonl could not be written .*is the disk full"):
+        log.write({"step": 1}, "shown")
+
+
 def test_a_line_for_people():
     """Sums of terms by decoder, objects and the queries that each decoder matched."""
     terms = {"cls": 1.0, "l1": 2.0, "giou": 3.0, "pairs": 7.0}

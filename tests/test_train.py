@@ -255,23 +255,6 @@ def test_a_process_without_objects_keeps_pace(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle_loses_only_the_steps_since_the_last_save(tmp_path):
-    shapes.write_folder(tmp_path / "data", 4, 4, size_px=64)
-    words = ["--coco", tmp_path / "data", "--batch", 2, "--size", 64, "--steps", 40]
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    child = program(*words, "--out", killed)
-    while child.poll() is None and not (killed / "last.pt").exists():
-        pass
-    child.kill()
-    child.wait()
-    assert not (killed / "metrics.json").exists()
-    for words in (["--resume", killed], [*words, "--out", straight]):
-        child = program(*words)
-        assert child.wait(300) == 0, child.stderr.read()
-    assert_same_weights(weights(killed), weights(straight), rtol=0, atol=0)
-
-
-@pytest.mark.slow
 def test_mistakes_end_in_one_sentence_and_a_status(tmp_path):
     child = program("--coco", tmp_path / "nowhere")
     assert child.wait(100) == 1

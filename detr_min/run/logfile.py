@@ -78,8 +78,12 @@ class Log:
         A validation that the file has already, of a run resumed after its last step, is printed.
         """
         if "val" not in line or line["step"] not in self.validated:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written ({error}): is the disk full?"
+                              ) from error
         if visible:
             tqdm.write(text)
         self.restart_clock()
