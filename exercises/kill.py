@@ -6,7 +6,7 @@
 
 The tests first have to pass on the function as it is. Then they run once for each mutant, which is
 the function with one line replaced by a plausible wrong one, and have to fail. Exit status 0 only
-when every mutant is killed.
+when every mutant is killed. A test that takes more than a minute has failed.
 """
 import contextlib
 import io
@@ -18,7 +18,10 @@ sys.path[0] = str(ROOT)             # not exercises/, whose files have the names
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from exercises.grading import bank, catalogue, mine  # noqa: E402
+from exercises.grading import bank, catalogue, handin, limits  # noqa: E402
+
+
+SECONDS = 60                # for a test, and for the import of their file
 
 
 class Outcome:
@@ -27,6 +30,16 @@ class Outcome:
     def __init__(self):
         self.passed = self.failed = self.skipped = self.errors = self.asked = 0
         self.reason = ""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector):
+        with limits.time_limit(SECONDS, f"the import of {collector.name}"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        with limits.time_limit(SECONDS, item.name):
+            return (yield)
 
     def pytest_collection_finish(self, session):
         self.asked = len(session.items)
@@ -84,7 +97,7 @@ def grade(function, file):
         return 1
     mutants, killed = [m for m in bank.MUTANTS if m.function == function], 0
     for mutant in mutants:
-        calls, undo = mine.swap(catalogue.find(function), mutant.make())
+        calls, undo = handin.swap(catalogue.find(function), mutant.make())
         try:
             outcome = run(file)
         finally:

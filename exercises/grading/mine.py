@@ -4,93 +4,30 @@ The tests that check the package then grade the student. tests/conftest.py hands
 """
 import difflib
 import pathlib
-import traceback
-import types
 
 import pytest
 
-from exercises.grading import bank, catalogue
+from exercises.grading import bank, catalogue, handin, limits
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = handin.ROOT
 TRAINING = ROOT / "exercises" / "grading" / "training.py"
+TRAINS = "test_a_tiny_detector_learns_through_it"
+SECONDS = 60                    # for a test; the training may take five times as long
 
 
 def add_options(parser):
-    """--mine and --folder."""
+    """--mine, --folder, --apart and --seconds."""
     group = parser.getgroup("exercises")
     group.addoption("--mine", action="append", default=[], metavar="MODULE.FUNCTION",
                     help="grade exercises/MODULE.py's FUNCTION in place of the package's, "
                          "or a mended bug: --mine bug_1")
     group.addoption("--folder", default=str(ROOT / "exercises"), metavar="FOLDER",
                     help="where the files to grade are, if not in exercises/ (written with =)")
-
-
-def swap(original, function):
-    """Let a function of the package run another one, wherever it is imported or kept in a table.
-
-    Its code is exchanged for a call of `function`, so whoever holds the function calls the other.
-
-    Returns:
-        calls, a list that grows by an entry with each call; and a function that undoes it
-    """
-    calls, inside = [], []
-
-    def call(*args, **kwargs):
-        __tracebackhide__ = True
-        if inside:
-            raise RuntimeError(f"your {original.__qualname__} calls the package's, which yours "
-                               "replaces now: write out what it does")
-        calls.append(original.__qualname__)
-        inside.append(True)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            inside.clear()
-
-    kept = original.__code__, original.__defaults__, original.__kwdefaults__
-    key, shell = f"_mine_{id(call)}", {}
-    exec(f"def {original.__name__}(*args, **kwargs):\n    __tracebackhide__ = True\n"
-         f"    return {key}(*args, **kwargs)", shell)
-    original.__globals__[key] = call
-    original.__code__ = shell[original.__name__].__code__
-    original.__defaults__ = original.__kwdefaults__ = None
-
-    def undo():
-        original.__code__, original.__defaults__, original.__kwdefaults__ = kept
-        del original.__globals__[key]
-    return calls, undo
-
-
-def shown(path):
-    """A path as a person in the repository's root would type it."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def load(path):
-    """A student's file as a module.
-
-    Raises:
-        pytest.UsageError: a sentence about a missing file, or one that Python cannot run
-    """
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "no .py file"
-        how = (f"python exercises/bug.py {path.stem[4:]}" if path.stem.startswith("bug_") else
-               "python exercises/stubs.py")
-        raise pytest.UsageError(f"{shown(path)} is missing; {shown(path.parent)} holds {there}. "
-                                f"`{how}` writes it.")
-    module = types.ModuleType(f"exercises_{path.stem}")
-    module.__file__ = str(path)
-    try:
-        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
-    except SyntaxError as error:
-        raise pytest.UsageError(f"Python cannot read {shown(path)}, line {error.lineno}: "
-                                f"{error.msg}: `{(error.text or '').strip()}`") from None
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename == str(path)]
-        raise pytest.UsageError(f"{shown(path)}, line {lines[-1] if lines else '?'} fails on "
-                                f"import: {type(error).__name__}: {error}") from None
-    return module
+    group.addoption("--apart", action="store_true",
+                    help="with --mine: run the file in a process of its own, as exercises/grade.py "
+                         "does; no training")
+    group.addoption("--seconds", type=float, default=SECONDS, metavar="S",
+                    help="with --mine: a test fails after so long")
 
 
 def numbers(excinfo):
@@ -104,9 +41,9 @@ def numbers(excinfo):
 
 
 class Work:
-    """One function of a student's, and the tests that grade it."""
+    """One function of a student's, the tests that grade it, and what they came to."""
 
-    def __init__(self, target, folder):
+    def __init__(self, target, folder, is_apart=False, seconds=SECONDS):
         known = [*catalogue.EXERCISES, *bank.BUGS]
         if target not in known:
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
@@ -116,41 +53,54 @@ class Work:
         self.target = target
         self.function = bank.BUGS[target].function if target in bank.BUGS else target
         self.exercise = catalogue.GRADED[self.function]
+        self.number = 11 if target in bank.BUGS else self.exercise.number
         name = target if target in bank.BUGS else target.split(".")[0]
         self.path = pathlib.Path(folder).resolve() / f"{name}.py"
-        found, path = load(self.path), self.function.split(".")[1:]
-        for depth, part in enumerate(path):
-            if not hasattr(found, part):
-                names = [n for n, thing in vars(found).items() if not n.startswith("_")
-                         and isinstance(thing, (type, types.FunctionType))]
-                raise pytest.UsageError(
-                    f"{shown(self.path)} has no {'.'.join(path[:depth + 1])}; it has "
-                    f"{', '.join(names) or 'nothing'}. `python exercises/stubs.py` adds what is "
-                    "missing.")
-            found = getattr(found, part)
-        self.calls, self.undo = swap(catalogue.find(self.function), found)
+        self.passed, self.failed, self.is_stub, self.calls = [], [], False, []
+        self.undo = self.stop = lambda: None
+        if is_apart:
+            from exercises.grading import apart     # needs Linux or a Mac
+            self.yours = apart.Apart(self.path, self.function, min(seconds, apart.SECONDS))
+            self.stop = self.yours.stop
+        else:
+            with limits.time_limit(seconds, f"the import of {handin.shown(self.path)}"):
+                self.yours = handin.function_of(self.path, handin.text_of(self.path),
+                                                self.function.split(".")[1:])
+
+    def begin(self):
+        """Put the function in the place of the package's."""
+        self.calls, self.undo = handin.swap(catalogue.find(self.function), self.yours)
+
+    def owns(self, test):
+        """Whether a test, by its nodeid, is one of those that grade this function."""
+        name = test.rpartition("tests/")[2]
+        return (f"{TRAINS}[{self.target}]" in test
+                or any(name == mine or name.startswith(f"{mine}[") for mine in self.exercise.tests))
 
 
 class Grader:
     """The part of a test run that --mine adds."""
 
     def __init__(self, config):
-        self.works, self.session, self.is_stub = [], None, False
-        self.failed, self.skipped, self.passed = [], [], []
+        option = config.option
+        self.works, self.skipped, self.session = [], [], None
+        self.seconds, self.before = option.seconds, {}
+        self.most = option.maxfail or 3             # failures of a function; more bury the first
         try:
-            for target in config.option.mine:
-                self.works.append(Work(target, config.option.folder))
+            for target in dict.fromkeys(option.mine):
+                self.works.append(Work(target, option.folder, option.apart, option.seconds))
         except pytest.UsageError:
             self.pytest_unconfigure()
             raise
+        for work in self.works:
+            work.begin()
         if config.args_source is not config.ArgsSource.ARGS:
-            config.args[:] = []
-            for work in self.works:
-                config.args += [str(ROOT / "tests" / test) for test in work.exercise.tests]
-        config.args.append(f"{TRAINING}::test_a_tiny_detector_learns_through_it")
-        if config.option.tbstyle == "auto":
-            config.option.tbstyle = "short"
-        config.option.maxfail = config.option.maxfail or 3      # more would bury the first
+            config.args[:] = dict.fromkeys(str(ROOT / "tests" / test) for work in self.works
+                                           for test in work.exercise.tests)
+        if not option.apart:
+            config.args.append(f"{TRAINING}::{TRAINS}")
+        if option.tbstyle == "auto":
+            option.tbstyle = "short"
 
     def pytest_collection_modifyitems(self, config, items):
         """Long tests are left out, visibly; elsewhere they are skipped, which is no pass here."""
@@ -166,6 +116,22 @@ class Grader:
     def pytest_sessionstart(self, session):
         self.session = session
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        """A test of functions that are stubs or have failed enough is passed over."""
+        owners = [work for work in self.works if work.owns(item.nodeid)]
+        if owners and all(work.is_stub or len(work.failed) >= self.most for work in owners):
+            item.session._setupstate.teardown_exact(nextitem)
+            return True
+        self.before = {work.target: len(work.calls) for work in self.works}
+        return None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        seconds = self.seconds * (5 if TRAINS in item.nodeid else 1)
+        with limits.time_limit(seconds, item.name):
+            return (yield)
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
@@ -173,23 +139,34 @@ class Grader:
             report.sections.append(("the numbers that were compared", numbers(call.excinfo)))
         return report
 
+    def owners(self, report):
+        """The functions that a report is about: those that were called, or whose stub was."""
+        for work in self.works:
+            stub = f"NotImplementedError: exercise {work.number}, {work.target}:"
+            if stub in report.longreprtext:
+                return [work]
+        listed = [work for work in self.works if work.owns(report.nodeid)]
+        called = [work for work in self.works if len(work.calls) > self.before[work.target]]
+        if TRAINS in report.nodeid or report.failed and not called:
+            return listed
+        return called
+
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
-            if "NotImplementedError: exercise" in report.longreprtext:
-                self.session.shouldfail = "the function is still the stub"
-                self.is_stub = True
-        elif report.skipped:
+        if report.skipped:
             self.skipped.append(report.nodeid)
-        elif report.when == "call":
-            self.passed.append(report.nodeid)
+        for work in self.owners(report):
+            if report.failed:
+                work.failed.append(report.nodeid)
+                work.is_stub |= "NotImplementedError: exercise" in report.longreprtext
+            elif report.passed and report.when == "call":
+                work.passed.append(report.nodeid)
 
     def complaints(self):
         """Why a run without a failure is still no pass."""
         if self.skipped:
             yield f"{len(self.skipped)} skipped, and a skip is no pass: {self.skipped[0]}"
         for work in self.works:
-            if not work.calls and not self.failed:
+            if not work.calls and not any(work.failed for work in self.works):
                 yield f"no test called {work.target}, so nothing was graded"
 
     def pytest_sessionfinish(self, session, exitstatus):
@@ -197,24 +174,24 @@ class Grader:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        write = terminalreporter.write_line
+        write, complaints = terminalreporter.write_line, list(self.complaints())
         terminalreporter.section("exercises")
         for work in self.works:
-            number = 11 if work.target in bank.BUGS else work.exercise.number
-            write(f"exercise {number}, {work.target} of {shown(work.path)}: "
+            write(f"exercise {work.number}, {work.target} of {handin.shown(work.path)}: "
+                  f"{len(work.passed)} passed, {len(work.failed)} failed, "
                   f"called {len(work.calls)} times")
-        for complaint in self.complaints():
-            write(f"NOT PASSED: {complaint}")
-        if self.is_stub:
-            write("It is still the stub: write its body, then run this again.")
-        elif self.failed:
-            by_hand = ": its comments do the arithmetic" * ("by_hand" in self.failed[0])
-            write(f"Begin with {self.failed[0]}{by_hand}.")
-        elif self.passed and not list(self.complaints()):
-            for work in self.works:
+            if work.is_stub:
+                write("It is still the stub: write its body, then run this again.")
+            elif work.failed:
+                by_hand = ": its comments do the arithmetic" * ("by_hand" in work.failed[0])
+                write(f"Begin with {work.failed[0]}{by_hand}.")
+            elif work.passed and not complaints:
                 code = catalogue.find(work.function).__globals__["__file__"]
-                write(f"Green. Now compare with {shown(pathlib.Path(code))}.")
+                write(f"Green. Now compare with {handin.shown(pathlib.Path(code))}.")
+        for complaint in complaints:
+            write(f"NOT PASSED: {complaint}")
 
     def pytest_unconfigure(self):
         for work in reversed(self.works):
             work.undo()
+            work.stop()

@@ -7,13 +7,13 @@ import torch
 from detr_min import attention, boxes, criterion
 from detr_min.data import dataset
 from detr_min.run import config, registry
-from exercises.grading import mine
+from exercises.grading import handin
 
 STEPS = 60
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("target", metafunc.config.option.mine)
+    metafunc.parametrize("target", list(dict.fromkeys(metafunc.config.option.mine)))
 
 
 def two_pictures():
@@ -35,7 +35,7 @@ def detour(function):
     if function != "attention.deformable_attention":
         yield
         return
-    _, undo = mine.swap(attention.by_rows, lambda *args: attention.deformable_attention(*args))
+    _, undo = handin.swap(attention.by_rows, lambda *args: attention.deformable_attention(*args))
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def detour(function):
 def train(variant):
     """A detector of 8 queries, trained on the two pictures. Returns what its decoders say at last.
 
-    {"O": [[(label, box, score) of the best query], one an object], "C": the same if there is one}
+    {"O": [[(label, box, score) of the best query], one per object], "C": the same if there is one}
     """
     torch.manual_seed(0)
     sizes = dict(d_model=32, num_heads=4, num_points=2, d_ffn=64, num_levels=3, encoder_layers=1,
@@ -82,13 +82,14 @@ def found_objects(predictions, targets):
 
 def test_a_tiny_detector_learns_through_it(target, request):
     grader = request.config.pluginmanager.get_plugin("grader")
-    if grader.failed:
-        pytest.fail("not trained: mend the tests above first", pytrace=False)
     work = next(work for work in grader.works if work.target == target)
-    work.calls.clear()
+    if work.failed:
+        pytest.fail("not trained: mend the tests above first", pytrace=False)
+    before = len(work.calls)
     with detour(work.function):
         found = train(work.exercise.variant)
-    assert work.calls, f"the training of {work.exercise.variant} never called {target}"
+    says = f"the training of {work.exercise.variant} never called {target}"
+    assert len(work.calls) > before, says
     for name, objects in found.items():
         for label, iou, score in objects:
             says = (f"after {STEPS} steps the {name}-Decoder's best query for object {label} has "
