@@ -1,10 +1,11 @@
 """From an image to feature levels, and from feature levels to the width of the transformer.
 
-[Deformable DETR App. A.2]  C3, C4, C5 of the backbone by 1x1 convolutions; each further level by a
-3x3 convolution of stride 2 on C5. `ConvNet` learns from random weights in minutes; `ResNet50`
-needs ImageNet weights. Read `attention.py` before and `encoder.py` after.
+[Deformable DETR App. A.2]  C3, C4, C5 of the backbone by 1x1 convolutions; further levels by 3x3
+convolutions of stride 2, starting from C5. `ConvNet` learns from random weights in minutes;
+`ResNet50` needs ImageNet weights. Read `attention.py` before and `encoder.py` after.
 """
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -40,7 +41,7 @@ class ConvNet(nn.Module):
 
 
 class ConvNetStride8(ConvNet):
-    """The first four and two more of ConvNet's convolutions, for one map of stride 8."""
+    """ConvNet up to its first stage: one map of stride 8."""
 
     def __init__(self, width=32):
         super().__init__(width)
@@ -66,7 +67,7 @@ class ResNet50(nn.Module):
         """Load torchvision's ImageNet weights, from torch's cache or by download.
 
         Raises:
-            OSError: they are neither cached nor can be downloaded; says what to do
+            OSError: they are not cached and cannot be downloaded; says what to do
         """
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
         try:
@@ -121,3 +122,40 @@ class Projections(nn.Module):
             x = project(x)
             levels.append(x)
         return levels
+
+
+def together(network, x, is_pad):
+    """Apply a network to a padded batch as the authors of DETR do: its convolutions read padding.
+
+    Args:
+        network  (B, C, h, w) -> [(B, C', h', w'), ...], one map per level
+        x        (B, C, h, w)
+        is_pad   (B, h, w)     True = padding
+    Returns:
+        the levels, and their masks [(B, h', w'), ...]
+    """
+    levels = network(x)
+    return levels, [F.interpolate(is_pad[:, None].float(), size=level.shape[-2:]).bool()[:, 0]
+                    for level in levels]
+
+
+def alone(network, x, is_pad):
+    """Apply a network to each picture as if it were alone; pictures of one size go together.
+
+    Arguments and result as in `together`, with 0 on padding. While torch.compile or torch.export
+    trace, it is `together`.
+    """
+    if torch.compiler.is_compiling():
+        return together(network, x, is_pad)
+    sizes = list(zip((~is_pad[:, :, 0]).sum(1).tolist(), (~is_pad[:, 0]).sum(1).tolist()))
+    groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sizes}
+    answers = [network(x[group, :, :h, :w]) for (h, w), group in groups.items()]
+    place = torch.tensor(sum(groups.values(), [])).argsort()        # from groups to the batch
+    levels, pads = [], []
+    for maps in zip(*answers):                                      # one level, group by group
+        h, w = (max(level.shape[axis] for level in maps) for axis in (2, 3))
+        borders = [(0, w - level.shape[3], 0, h - level.shape[2]) for level in maps]
+        levels.append(torch.cat([F.pad(*both) for both in zip(maps, borders)])[place])
+        pads.append(torch.cat([F.pad(torch.zeros_like(level[:, 0]), border, value=1)
+                               for level, border in zip(maps, borders)])[place].bool())
+    return levels, pads

@@ -78,7 +78,7 @@ class DecoupledDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N a layer."""
+        """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N per layer."""
         x, pos = torch.cat([*queries.content], 1), torch.cat([*queries.pos], 1)     # (B, 2N, D)
         ref_boxes = queries.ref_boxes                                 # (B, N, 4)  one for each pair
         base, predictions = ref_boxes, []
@@ -129,7 +129,7 @@ class SplitDecoder(nn.Module):
         self.box_heads = nn.ModuleList([proposals.box_head(d_model) for _ in range(num_layers)])
 
     def o_decoder(self, queries, memory):
-        """Decode two sets of Queries and a Memory to [Predictions], N a layer."""
+        """Decode two sets of Queries and a Memory to [Predictions], N per layer."""
         (x_cls, x_loc), (pos_cls, pos_loc) = queries.content, queries.pos                # (B, N, D)
         ref_boxes, mask = queries.ref_boxes, queries.is_blocked
         base, predictions = ref_boxes, []
@@ -159,7 +159,7 @@ def level_of(ref_boxes, memory):
     """
     h, w = memory.spatial_shapes[0]
     size = memory.valid_ratios[:, None, 0] * ref_boxes.new_tensor([w, h])                # (B, 1, 2)
-    cells = ref_boxes[..., 2:] * size                                                    # (B, N, 2)
+    cells = ref_boxes[..., 2:] * size.round()                                            # (B, N, 2)
     level = (cells.prod(-1).sqrt() / 14).clamp(min=1e-6).log2().floor()
     return level.clamp(0, len(memory.spatial_shapes) - 1).long()
 
@@ -183,11 +183,27 @@ def region_features(memory, ref_boxes, size=7):
     for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
         here = (level == index).nonzero()[:, 0]
         scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
+        scale = scale.round()                                                               # (B, 4)
         in_cells = (boxes.to_xyxy(ref_boxes) * scale[:, None]).flatten(0, 1)[here]          # (P, 4)
         rois = torch.cat([image[here, None].to(in_cells.dtype), in_cells], dim=1)           # (P, 5)
         maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
-        features = features.index_copy(0, here, ops.roi_align(maps, rois, size, aligned=True))
+        features = features.index_copy(0, here, roi_align(maps, rois, scale, size))
     return features
+
+
+def roi_align(maps, rois, scale, size):
+    """Read rois (P, 5), sorted by image, from maps (B, D, h, w). -> (P, D, size, size)
+
+    Near the edge of a padded image RoIAlign would read its padding, so each is read alone, at its
+    scale, (B, 4): columns, rows, columns, rows. While torch.compile or torch.export trace, the
+    number of columns is unknown and padding is read.
+    """
+    if torch.compiler.is_compiling():
+        return ops.roi_align(maps, rois, size, aligned=True)
+    return torch.cat([
+        ops.roi_align(x[None, :, :rows, :columns], [rois[rois[:, 0] == image, 1:]], size,
+                      aligned=True)
+        for image, (x, (columns, rows, _, _)) in enumerate(zip(maps, scale.int().tolist()))])
 
 
 class TaskAwareQueries(nn.Module):
@@ -210,12 +226,12 @@ class TaskAwareQueries(nn.Module):
         self.content = nn.ParameterList(torch.randn(num_queries, d_model) for _ in range(num_sets))
 
     def forward(self, memory):
-        """A Memory -> min(N, S) Queries in T sets"""
+        """A Memory -> N Queries in T sets"""
         found = self.mini_detector(memory)
         ref_boxes = self.mini_detector.best(found, self.num_queries)                     # (B, N, 4)
         features = region_features(memory, ref_boxes)                     # (B*N, D, 7, 7)
         sets = [query_gen.points_to_query(features, predict(features), ref_boxes.flatten(0, 1))
                 for predict in self.predictors]
         content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))
-        ranks = torch.stack([c[:ref_boxes.shape[1]] for c in self.content])              # (T, N, D)
+        ranks = torch.stack([*self.content])                                             # (T, N, D)
         return proposals.Queries(content + ranks[:, None], pos, ref_boxes, found)

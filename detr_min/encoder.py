@@ -3,7 +3,6 @@
 [Deformable DETR Sec. 4.1]. Read `backbone.py` before and `proposals.py` after.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import attention, boxes
@@ -75,17 +74,15 @@ class Encoder(nn.Module):
             EncoderLayer(d_model, num_heads, num_levels, num_points, d_ffn)
             for _ in range(num_layers)])
 
-    def forward(self, features, is_pad):
-        """Encode feature levels, with the padding mask of the images.
+    def forward(self, features, pads):
+        """Encode feature levels.
 
         Args:
-            features  [(B, D, h, w), ...]     L levels, any sizes
-            is_pad    (B, image h, image w)   True = padding
+            features  [(B, D, h, w), ...]  L levels, any sizes
+            pads      [(B, h, w), ...]     True = padding
         Returns:
             Memory, of S = sum of h*w cells
         """
-        pads = [F.interpolate(is_pad[:, None].float(), size=x.shape[-2:]).bool()[:, 0]   # (B, h, w)
-                for x in features]
         shares = [torch.stack([(~pad[:, 0]).float().mean(-1),       # of the columns, in the first
                                (~pad[:, :, 0]).float().mean(-1)], dim=-1)       # row; of the rows
                   for pad in pads]                                                       # (B, 2)

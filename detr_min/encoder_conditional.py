@@ -4,7 +4,6 @@
 `proposals_conditional.py` after.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import attention, attention_conditional, boxes
@@ -19,7 +18,7 @@ def feed_forward(d_model, d_ffn, dropout=0.0):
 def cell_positions(is_pad, d_model):
     """Embed the cells of a feature map, counted on the image alone, not on its padding.
 
-    [DETR, code]  PE of (j / columns, i / rows), counting from 1: 1 is the last column, the last row
+    [DETR, code]  PE of (j / columns, i / rows), i and j count from 1, so the last cell is at (1, 1)
 
     Args:
         is_pad  (B, h, w)  True = padding
@@ -76,17 +75,16 @@ class Encoder(nn.Module):
             EncoderLayer(d_model, num_heads, d_ffn, dropout) for _ in range(num_layers)])
         attention_conditional.xavier_uniform(self)
 
-    def forward(self, features, is_pad):
-        """Encode one projected level, with the padding mask of the images.
+    def forward(self, features, pads):
+        """Encode one projected level.
 
         Args:
             features  [(B, D, h, w)]
-            is_pad    (B, image h, image w)   True = padding
+            pads      [(B, h, w)]     True = padding
         Returns:
             Memory, of S = h*w cells, with pos
         """
-        x, = features
-        pad = F.interpolate(is_pad[:, None].float(), size=x.shape[-2:]).bool()[:, 0]    # (B, h, w)
+        [x], [pad] = features, pads
         shares = [(~pad[:, 0]).float().mean(-1), (~pad[:, :, 0]).float().mean(-1)]      # (x, y)
         memory = attention.Memory(
             tokens=x.flatten(2).transpose(1, 2),                                        # (B, S, D)

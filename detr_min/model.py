@@ -11,18 +11,19 @@ from . import boxes
 
 class Output(NamedTuple):
     """The predictions for a batch."""
-    o_decoder: list[boxes.Predictions]          # one a layer, the last is the answer
+    o_decoder: list[boxes.Predictions]          # one per layer, the last is the answer
     c_decoder: list[boxes.Predictions]          # DAC-DETR in training; else empty
-    proposals: boxes.Predictions | None     # the encoder's, one a cell; None with learned queries
+    proposals: boxes.Predictions | None     # the encoder's, one per cell; None with learned queries
 
 
 class Detector(nn.Module):
-    """Turn images into predictions, layer by layer."""
+    """Turn images into predictions, one per decoder layer."""
 
-    def __init__(self, backbone, projections, encoder, queries, decoder):
+    def __init__(self, backbone, projections, encoder, queries, decoder, read):
+        """read: backbone.alone, or backbone.together for published models"""
         super().__init__()
         self.backbone, self.projections = backbone, projections
-        self.encoder, self.queries, self.decoder = encoder, queries, decoder
+        self.encoder, self.queries, self.decoder, self.read = encoder, queries, decoder, read
 
     def forward(self, images, is_pad):
         """Predict classes and boxes for a batch.
@@ -33,8 +34,8 @@ class Detector(nn.Module):
         Returns:
             Output
         """
-        features = self.projections(self.backbone(images))          # [(B, D, h/8, w/8), ...]
-        memory = self.encoder(features, is_pad)
+        levels, pads = self.read(nn.Sequential(self.backbone, self.projections), images, is_pad)
+        memory = self.encoder(levels, pads)         # of levels [(B, D, h/8, w/8), ...]
         queries = self.queries(memory)
         o_predictions = self.decoder.o_decoder(queries, memory)
         trains_both = self.training and hasattr(self.decoder, "c_decoder")

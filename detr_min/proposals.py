@@ -1,4 +1,4 @@
-"""The encoder's own detections, one a cell, and the object queries that start from the best.
+"""The encoder's own detections, one per cell, and the object queries that start from the best.
 
 [Deformable DETR App. A.4] "two-stage", with [DINO Sec. 3.4]'s mixed query selection: the queries of
 DAC-DETR. The two heads that every decoder layer ends in stand here too, since the mini-detector is
@@ -8,20 +8,21 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import boxes, encoder
 
 
 class Queries(NamedTuple):
-    """N queries an image, in as many sets as the decoder has branches (SD-DETR: 2, else 1).
+    """N queries per image, in as many sets as the decoder has branches (SD-DETR: 2, else 1).
 
     A query has a content (what is here), a position (where), and a reference to look around.
     """
     content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
     pos: torch.Tensor                           # (T, B, N, D)
     ref_boxes: torch.Tensor               # (B, N, 4) cxcywh; learned queries have points, (B, N, 2)
-    proposals: boxes.Predictions | None      # the encoder's own detections, one a cell: (B, S, ...)
+    proposals: boxes.Predictions | None      # the encoder's own, one per cell: (B, S, ...)
     is_blocked: torch.Tensor | None = None      # (N, N) bool, True: row may not look at column
 
 
@@ -70,22 +71,28 @@ class MiniDetector(nn.Module):
         self.box_head = box_head(d_model)
 
     def forward(self, memory):
-        """A Memory -> Predictions, one a cell: logits (B, S, C), boxes (B, S, 4)
+        """A Memory -> Predictions, one per cell: logits (B, S, C), boxes (B, S, 4)
 
-        Trained with every object in class 0, so logit 0 says that there is an object.
+        Trained with every object in class 0, so logit 0 says that there is an object. On padding
+        no class is likely.
         """
         anchor, is_good = anchors(memory)
         cells = memory.tokens.masked_fill(~is_good[..., None], 0)
         cells = self.norm(self.project(cells))                                           # (B, S, D)
         found = boxes.refine(anchor, self.box_head(cells))
         found = found.masked_fill(~is_good[..., None], 1)       # as released: sigmoid(inf + delta)
-        return boxes.Predictions(self.class_head(cells), found)
+        logits = self.class_head(cells).masked_fill(memory.is_pad[..., None], -100)
+        return boxes.Predictions(logits, found)
 
     def best(self, proposals, num_queries):
-        """The N boxes of highest logit 0, best first, no gradient; all S if N > S. (B, N, 4)"""
+        """The N boxes with the highest logit of class 0, best first, detached. (B, N, 4)
+
+        An image of fewer cells gets the box of padding, (1, 1, 1, 1), for the rest.
+        """
         objectness = proposals.logits[..., 0]                                               # (B, S)
-        cell = objectness.topk(min(num_queries, objectness.shape[1]), dim=1).indices        # (B, N)
-        return proposals.boxes.detach().gather(1, cell[..., None].expand(-1, -1, 4))
+        cell = objectness.topk(min(num_queries, objectness.shape[1]), dim=1).indices   # (B, <= N)
+        found = proposals.boxes.detach().gather(1, cell[..., None].expand(-1, -1, 4))
+        return F.pad(found, (0, 0, 0, num_queries - cell.shape[1]), value=1)
 
 
 class TwoStageQueries(nn.Module):
@@ -109,10 +116,9 @@ class TwoStageQueries(nn.Module):
         return self.pos_norm(self.pos_project(sines)).chunk(2, dim=-1)
 
     def forward(self, memory):
-        """A Memory -> min(N, S) Queries"""
+        """A Memory -> N Queries"""
         found = self.mini_detector(memory)
         ref_boxes = self.mini_detector.best(found, self.num_queries)                  # (B, N, 4)
-        B, N, _ = ref_boxes.shape
         pos, _ = self.embed(ref_boxes)                  # the content half is unused, as released
-        content = torch.stack([c[:N] for c in self.content])[:, None].expand(-1, B, -1, -1)
+        content = torch.stack([*self.content])[:, None].expand(-1, pos.shape[0], -1, -1)
         return Queries(content, pos.expand(self.num_sets, -1, -1, -1), ref_boxes, found)

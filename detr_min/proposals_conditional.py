@@ -84,8 +84,8 @@ class MiniDetector(nn.Module):
         """
         [shape] = memory.spatial_shapes
         cells = memory.tokens.transpose(1, 2).unflatten(-1, shape)                   # (B, D, h, w)
-        maps = (backbone.on_image(t, cells, memory.is_pad.unflatten(-1, shape))[0]
-                for t in (self.class_tower, self.box_tower))
+        maps, _ = backbone.alone(lambda x: [self.class_tower(x), self.box_tower(x)], cells,
+                                 memory.is_pad.unflatten(-1, shape))
         for_class, for_box = (x.flatten(2).transpose(1, 2) for x in maps)               # (B, S, D)
         centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios)      # (B, S, 2)
         logits = self.class_head(for_class).masked_fill(memory.is_pad[..., None], -100)

@@ -1,7 +1,6 @@
 """Task-aware query generation (TAQ): each task makes its queries from its own points in an anchor.
 
-[SD Eq. 4-5], [SD Fig. 3]. Read `proposals_conditional.py` before and `decoder_conditional.py`
-after.
+[SD Eq. 4-5], [SD Fig. 3]. Read `decoder_decoupled.py` before and `tal_loss.py` after.
 """
 import math
 
@@ -29,8 +28,13 @@ def region_features(memory, ref_boxes, size=7):
     [(h, w)] = memory.spatial_shapes
     maps = memory.tokens.transpose(1, 2).unflatten(-1, (h, w))                        # (B, D, h, w)
     scale = memory.valid_ratios[:, 0].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])     # (B, 4)
-    in_cells = boxes.to_xyxy(ref_boxes) * scale[:, None]                                 # (B, N, 4)
-    return ops.roi_align(maps, list(in_cells.to(maps.dtype)), size, aligned=True)
+    in_cells = boxes.to_xyxy(ref_boxes) * scale.round()[:, None]                         # (B, N, 4)
+    in_cells = list(in_cells.to(maps.dtype))
+    if torch.compiler.is_compiling():                   # sizes are unknown: padding is read
+        return ops.roi_align(maps, in_cells, size, aligned=True)
+    return torch.cat([ops.roi_align(x[None, :, :rows, :columns], [corners], size, aligned=True)
+                      for x, corners, (columns, rows, _, _) in zip(
+                          maps, in_cells, scale.round().int().tolist())])   # padding is not read
 
 
 class PointPredictor(nn.Module):
@@ -99,10 +103,10 @@ class TaskAwareQueries(nn.Module):
                                          for _ in range(num_sets)])
 
     def forward(self, memory):
-        """A Memory -> at most N Queries, in T sets"""
+        """A Memory -> N Queries, in T sets"""
         found = self.mini_detector(memory)
         cell = self.mini_detector.best(found, self.num_queries, memory.is_pad)             # (B, N)
-        anchors = proposals_conditional.pick(found.boxes, cell).detach()             # (B, N, 4)
+        anchors = proposals_conditional.pick(found.boxes, cell, 1.0).detach()        # (B, N, 4)
         features = region_features(memory, anchors)                              # (B*N, D, 7, 7)
         sets = [points_to_query(features, predict(features), anchors.flatten(0, 1))
                 for predict in self.predictors]

@@ -91,7 +91,8 @@ def answers(model, image):
     """Predictions of each layer of the O- and of the C-Decoder, and the queries, of one image."""
     with evaluate.answering(model):
         is_pad = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
-        memory = model.encoder(model.projections(model.backbone(image[None])), is_pad)
+        network = torch.nn.Sequential(model.backbone, model.projections)
+        memory = model.encoder(*model.read(network, image[None], is_pad))
         queries = model.queries(memory)
         return (model.decoder.o_decoder(queries, memory), model.decoder.c_decoder(queries, memory),
                 queries)

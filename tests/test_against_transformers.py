@@ -19,7 +19,7 @@ from detr_min.run import checkpoints, config, registry
 pytest.importorskip("transformers")
 
 CLOSE = dict(atol=1e-5, rtol=0)                 # float32 through 6 layers; measured: 2e-6
-CHANNELS, D, LAYERS, N, C = [128, 128, 128], 64, 3, 10, 7       # what ConvNet(width=32) gives
+CHANNELS, D, LAYERS, N, C = [512, 1024, 2048], 64, 3, 10, 7     # what ResNet50 gives
 SIZES = [(12, 20), (6, 10), (3, 5)]                             # of an image of 96 x 160 pixels
 VARIANTS = {"plain": "deformable_fixed", "refined": "deformable", "two_stage": "deformable"}
 
@@ -38,9 +38,9 @@ class Stub(nn.Module):
 def sizes(variant):
     """The Config of both sides."""
     return config.preset(
-        "shapes", model=VARIANTS[variant], d_model=D, num_heads=4, num_levels=4, d_ffn=96,
-        encoder_layers=LAYERS, decoder_layers=LAYERS, num_queries=N, num_classes=C,
-        queries="two_stage_unmixed" if variant == "two_stage" else "learned")
+        "shapes", backbone="resnet50", model=VARIANTS[variant], d_model=D, num_heads=4,
+        num_levels=4, d_ffn=96, encoder_layers=LAYERS, decoder_layers=LAYERS, num_queries=N,
+        num_classes=C, queries="two_stage_unmixed" if variant == "two_stage" else "learned")
 
 
 def build_theirs(variant, features):
@@ -85,7 +85,8 @@ def test_every_layer_answers_as_transformers_does(variant):
     assert len(answer.o_decoder) == LAYERS
     for ours_of_layer, theirs_of_layer in zip(answer.o_decoder, predictions):
         assert_close(ours_of_layer, theirs_of_layer, **CLOSE)
-    memory = ours.encoder(ours.projections(features), is_pad)
+    memory = ours.encoder(*ours.read(torch.nn.Sequential(ours.backbone, ours.projections), images,
+                                     is_pad))
     on_image = ~memory.is_pad
     assert 0 < memory.is_pad.sum() < on_image.sum()
     theirs_there = out.encoder_last_hidden_state[on_image]

@@ -10,7 +10,7 @@ from torchvision.models import _api
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detr_min import backbone
-from helpers import EXACT
+from helpers import EXACT, randomise
 
 
 @pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (1, 1)])
@@ -156,3 +156,82 @@ def test_projections_without_extra_levels():
     features = [torch.randn(1, 4, 4, 4), torch.randn(1, 6, 2, 2), torch.randn(1, 10, 1, 2)]
     assert [tuple(x.shape[1:]) for x in project(features)] == [(32, 4, 4), (32, 2, 2), (32, 1, 2)]
     assert all(block[0].kernel_size == (1, 1) for block in project.levels)
+
+
+# Padded batches
+
+
+def padded(pictures, h, w, generator):
+    """Pictures (3, ., .) on h x w pixels, noise where padding is. -> images, is_pad of a batch"""
+    images = torch.randn(len(pictures), 3, h, w, generator=generator).to(pictures[0])
+    is_pad = torch.ones(len(pictures), h, w, dtype=torch.bool)
+    for image, pad, picture in zip(images, is_pad, pictures):
+        image[:, :picture.shape[1], :picture.shape[2]] = picture
+        pad[:picture.shape[1], :picture.shape[2]] = False
+    return images, is_pad
+
+
+@pytest.mark.parametrize("body, num_levels", [(backbone.ConvNet, 5), (backbone.ConvNetStride8, 1)])
+@pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (61, 33)])
+def test_alone_gives_a_picture_its_own_levels(body, num_levels, h, w, generator):
+    """Beside a larger one, padded with noise to sizes that no stride divides; gradients as well."""
+    body = randomise(body(width=8))
+    project = randomise(backbone.Projections(body.channels, 64, num_levels))
+    picture, other = (torch.randn(3, *size, generator=generator).double()
+                      for size in ((h, w), (90, 101)))
+    levels, pads = backbone.alone(torch.nn.Sequential(body, project),
+                                  *padded([picture, other], 90, 101, generator))
+    alone = project(body(picture[None]))
+    for level, pad, one in zip(levels, pads, alone, strict=True):
+        rows, columns = one.shape[2:]
+        assert_close(level[:1, :, :rows, :columns], one, **EXACT)
+        assert not level[0, :, rows:].any() and not level[0, :, :, columns:].any()
+        assert not pad[0, :rows, :columns].any() and (~pad[0]).sum() == rows * columns
+        assert not pad[1].any()
+    weights = [torch.randn_like(one) for one in alone]
+
+    def gradients(levels):
+        loss = sum((x[:1, :, :g.shape[2], :g.shape[3]] * g).sum() for x, g in zip(levels, weights))
+        return torch.autograd.grad(loss, [*body.parameters(), *project.parameters()])
+    for together, one in zip(gradients(levels), gradients(alone)):
+        assert_close(together, one, atol=1e-9, rtol=1e-9)
+
+
+def test_alone_takes_pictures_of_one_size_together_and_keeps_the_order(generator):
+    seen = []
+    body = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).double()
+    body.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    sizes = [(5, 12), (9, 12), (5, 12), (9, 7)]
+    pictures = [torch.randn(3, *size, generator=generator).double() for size in sizes]
+    [level], [pad] = backbone.alone(lambda x: [body(x)], *padded(pictures, 9, 12, generator))
+    assert seen == [(2, 3, 5, 12), (1, 3, 9, 12), (1, 3, 9, 7)]
+    assert level.shape == (4, 4, 5, 6) and pad.shape == (4, 5, 6)
+    for found, picture in zip(level, pictures):
+        one = body(picture[None])[0]
+        assert_close(found, F.pad(one, (0, 6 - one.shape[2], 0, 5 - one.shape[1])), **EXACT)
+
+
+def test_alone_of_full_pictures_is_together_bit_for_bit():
+    body, images = backbone.ConvNet(width=8), torch.randn(3, 3, 64, 96)
+    network = torch.nn.Sequential(body, backbone.Projections(body.channels, 32, 4))
+    is_pad = torch.zeros(3, 64, 96, dtype=torch.bool)
+    for ours, theirs in zip(backbone.alone(network, images, is_pad),
+                            backbone.together(network, images, is_pad)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_together_reads_the_nearest_pixel_of_the_mask():
+    """[DETR, code] Cell i of n reads pixel floor(i * h / n), as nearest interpolation has it."""
+    is_pad = torch.ones(1, 100, 90, dtype=torch.bool)
+    is_pad[0, :62, :41] = False
+    _, [pad] = backbone.together(lambda x: [torch.zeros(1, 4, 13, 12)], None, is_pad)
+    assert pad[0].tolist() == [[bool(is_pad[0, i * 100 // 13, j * 90 // 12]) for j in range(12)]
+                               for i in range(13)]
+
+
+def test_while_torch_traces_padding_is_read_as_published(monkeypatch, generator):
+    body = torch.nn.Conv2d(3, 4, 3, padding=1)
+    batch = padded([torch.randn(3, 5, 4, generator=generator)], 8, 8, generator)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    [level], _ = backbone.alone(lambda x: [body(x)], *batch)
+    assert torch.equal(level, body(batch[0]))

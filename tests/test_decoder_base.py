@@ -205,9 +205,9 @@ def test_padding_changes_nothing():
     features = [random(B, D, 8, 12, seed=5), random(B, D, 4, 6, seed=6)]
     is_pad = torch.zeros(B, 64, 96, dtype=torch.bool)
     is_pad[1, 40:], is_pad[1, :, 56:] = True, True          # 5 x 7 and 3 x 4 cells of the second
-    memory = net(features, is_pad)
+    memory = net(features, [is_pad[:, ::8, ::8], is_pad[:, ::16, ::16]])
     part = [features[0][1:, :, :5, :7], features[1][1:, :, :3, :4]]
-    alone = net(part, torch.zeros(1, 40, 56, dtype=torch.bool))
+    alone = net(part, [torch.zeros(1, *x.shape[2:], dtype=torch.bool) for x in part])
     queries, queries_alone = ask(memory), ask(alone)
     objectness, is_good = queries.proposals.logits[1, :, 0], proposals.anchors(memory)[1][1]
     assert objectness[~is_good].max() < objectness.topk(4).values[-1]   # no query starts on padding

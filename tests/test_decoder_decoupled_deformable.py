@@ -270,7 +270,8 @@ def test_region_features_are_roi_align_on_the_level_of_each_box(generator):
             level = 0 if math.sqrt(w * w0 * h * h0) < 28 else 1             # 14 * 2^1
             corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             in_cells = corners * f64(w0, h0, w0, h0) / 2 ** level
-            expected = ops.roi_align(levels[level][b:b + 1], [in_cells[None]], 7, aligned=True)
+            image = levels[level][b:b + 1, :, :h0 >> level, :w0 >> level]
+            expected = ops.roi_align(image, [in_cells[None]], 7, aligned=True)
             assert_close(found[n:n + 1], expected, **EXACT)
             n, used = n + 1, used | {level}
     assert used == {0, 1} and n == len(found)
@@ -320,9 +321,11 @@ def test_anchors_get_no_gradient_points_and_features_do(generator):
 
 
 def test_fewer_cells_than_queries(generator):
-    """[SD Eq. 4]  A small image has S < N cells: every cell becomes a query, none twice."""
+    """[SD Eq. 4]  A small image has S < N cells: each becomes a query; then boxes of padding."""
     memory = memory_of([torch.randn(2, 32, h, w, generator=generator) for h, w in ((2, 3), (1, 2))])
     out = decoupled.TaskAwareQueries(50, 32, 3, num_sets=2)(memory)
-    assert out.content.shape == (2, 2, 8, 32) and out.ref_boxes.shape == (2, 8, 4)
-    assert_close(out.ref_boxes.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)
+    assert out.content.shape == (2, 2, 50, 32) and out.ref_boxes.shape == (2, 50, 4)
+    cells = out.ref_boxes[:, :8]
+    assert_close(cells.sort(dim=1).values, out.proposals.boxes.detach().sort(dim=1).values)
+    assert (out.ref_boxes[:, 8:] == 1).all()
     assert out.content.isfinite().all() and out.pos.isfinite().all()

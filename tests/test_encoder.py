@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from detr_min import attention, encoder
+from detr_min import attention, backbone, encoder
 from helpers import EXACT, random, randomise
 from test_boxes import sine_by_definition
 
@@ -14,12 +14,12 @@ def random_features(B=2, D=8, shapes=SHAPES, seed=0):
     return [random(B, D, h, w, seed=seed + i) for i, (h, w) in enumerate(shapes)]
 
 
-def padding(h, w, sizes):
-    """(B, h, w) mask of images of the given sizes, True = padding."""
+def padding(features, h, w, sizes):
+    """Masks of the levels of a batch of h x w pixels whose images have the given sizes."""
     is_pad = torch.ones(len(sizes), h, w, dtype=torch.bool)
     for image, (height, width) in enumerate(sizes):
         is_pad[image, :height, :width] = False
-    return is_pad
+    return backbone.together(lambda x: features, None, is_pad)[1]
 
 
 def test_cell_centres_worked_by_hand():
@@ -68,7 +68,7 @@ def test_layer_by_definition():
     """[Deformable DETR Sec. 4.1] LN(x + attention(x + position)), then LN(x + FFN(x))."""
     layer = randomise(encoder.EncoderLayer(8, 2, 2, 3, 32))
     lay_out = encoder.Encoder(0, 8, 2, 2, 3, 32)
-    memory = lay_out(random_features(), padding(32, 48, [(32, 48), (20, 40)]))
+    memory = lay_out(random_features(), padding(random_features(), 32, 48, [(32, 48), (20, 40)]))
     memory = memory._replace(pos=random(2, 30, 8, seed=9))
     centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios.double())
     x = memory.tokens
@@ -83,7 +83,8 @@ def test_layer_by_definition():
 def test_memory_worked_by_hand():
     """An encoder of no layers only lays out: level after level, row after row."""
     features = random_features()
-    memory = encoder.Encoder(0, 8, 2, 2, 3, 32)(features, padding(32, 48, [(32, 48), (20, 40)]))
+    pads = padding(features, 32, 48, [(32, 48), (20, 40)])
+    memory = encoder.Encoder(0, 8, 2, 2, 3, 32)(features, pads)
     assert memory.spatial_shapes == SHAPES
     for level, start in ((0, 0), (1, 24)):
         h, w = SHAPES[level]
@@ -105,9 +106,8 @@ def test_what_the_layers_are_given():
     net, seen = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32)), []
     for layer in net.layers:
         layer.register_forward_pre_hook(lambda layer, args: seen.append(args))
-    is_pad = padding(32, 48, [(32, 48), (20, 40)])
-    memory = net(random_features(), is_pad)
-    pads = [is_pad[:, ::8, ::8], is_pad[:, ::16, ::16]]
+    pads = padding(random_features(), 32, 48, [(32, 48), (20, 40)])
+    memory = net(random_features(), pads)
     expected = torch.cat([encoder.cell_positions(pad, 8).flatten(1, 2) + net.level_embed[level]
                           for level, pad in enumerate(pads)], dim=1)
     centres = encoder.cell_centres(SHAPES, memory.valid_ratios)
@@ -121,10 +121,10 @@ def test_padding_changes_nothing():
     """A small image in a padded batch, or alone: the same cells come out."""
     net = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32))
     features = random_features(shapes=[(8, 12), (4, 6)])
-    is_pad = padding(64, 96, [(64, 96), (40, 56)])          # 5 x 7 and 3 x 4 cells of the second
-    padded = net(features, is_pad)
+    pads = padding(features, 64, 96, [(64, 96), (40, 56)])      # the second: 5 x 7 and 3 x 4 cells
+    padded = net(features, pads)
     part = [features[0][1:, :, :5, :7], features[1][1:, :, :3, :4]]
-    alone = net(part, padding(40, 56, [(40, 56)]))
+    alone = net(part, padding(part, 40, 56, [(40, 56)]))
     assert padded.is_pad[1].logical_not().sum() == 35 + 12
     # ratios and cells' positions are float32, whatever the weights are: 1e-7 in, a little more out
     assert_close(padded.tokens[1][~padded.is_pad[1]], alone.tokens[0], atol=2e-6, rtol=0)
@@ -132,7 +132,7 @@ def test_padding_changes_nothing():
     for x, h, w in ((other[0], 5, 7), (other[1], 3, 4)):
         x[1, :, h:], x[1, :, :, w:] = 9, 9                  # whatever padding holds is not seen
     on_image = ~padded.is_pad[1]
-    assert_close(net(other, is_pad).tokens[1][on_image], padded.tokens[1][on_image], atol=0, rtol=0)
+    assert_close(net(other, pads).tokens[1][on_image], padded.tokens[1][on_image], atol=0, rtol=0)
 
 
 def test_each_cell_reads_a_few_points_around_itself():
@@ -140,10 +140,10 @@ def test_each_cell_reads_a_few_points_around_itself():
     torch.manual_seed(0)
     net = encoder.Encoder(1, 16, 8, 1, 2, 32).double()
     features = random_features(B=1, D=16, shapes=[(9, 11)])
-    is_pad = padding(72, 88, [(72, 88)])
-    before = net(features, is_pad).tokens.unflatten(1, (9, 11))
+    pads = padding(features, 72, 88, [(72, 88)])
+    before = net(features, pads).tokens.unflatten(1, (9, 11))
     features[0][0, :, 4, 5] *= -1
-    change = (net(features, is_pad).tokens.unflatten(1, (9, 11)) - before)[0].abs().amax(-1)
+    change = (net(features, pads).tokens.unflatten(1, (9, 11)) - before)[0].abs().amax(-1)
     for i in range(9):
         for j in range(11):
             straight = i == 4 or j == 5 or abs(i - 4) == abs(j - 5)         # the eight directions
@@ -155,7 +155,7 @@ def test_each_cell_reads_a_few_points_around_itself():
 def test_gradients_reach_every_parameter_and_level():
     net = randomise(encoder.Encoder(1, 8, 2, 2, 3, 32))
     features = [x.requires_grad_() for x in random_features()]
-    out = net(features, padding(32, 48, [(32, 48), (20, 40)])).tokens
+    out = net(features, padding(features, 32, 48, [(32, 48), (20, 40)])).tokens
     assert out.dtype == torch.float64
     (out * torch.randn_like(out)).sum().backward()
     for name, parameter in net.named_parameters():
@@ -167,7 +167,7 @@ def test_an_image_smaller_than_a_stride():
     """8 x 5 pixels in a batch beside 64 x 96: one cell on each level, and all numbers finite."""
     net = randomise(encoder.Encoder(2, 8, 2, 2, 3, 32))
     features = random_features(shapes=[(8, 12), (4, 6)])
-    memory = net(features, padding(64, 96, [(64, 96), (8, 5)]))
+    memory = net(features, padding(features, 64, 96, [(64, 96), (8, 5)]))
     assert memory.is_pad[1].logical_not().sum() == 2
     assert memory.tokens.isfinite().all()
     assert_close(memory.valid_ratios[1], torch.tensor([[1 / 12, 1 / 8], [1 / 6, 1 / 4]]))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import boxes, criterion, decoder_base, decoder_dac, matcher, model
+from detr_min import backbone, boxes, criterion, decoder_base, decoder_dac, matcher, model
 from detr_min.run import config, registry
 from helpers import emptied, two_pictures
 
@@ -144,6 +144,30 @@ def test_overfits_two_images(base, name, queries, kind):
     assert min(scores) > .3, scores
 
 
+# --- padding --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("base, name, queries", [
+    pytest.param(base, name, queries, marks=[pytest.mark.slow] * (name not in ("dac", "decoupled")))
+    for base in registry.DECODERS for name in registry.DECODERS[base]
+    for queries in registry.QUERIES[base]])
+@torch.no_grad()
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(base, name, queries):
+    """Pictures alone, beside larger ones, and beside one so small that it has too few cells."""
+    torch.manual_seed(0)
+    cfg = config.preset(PRESETS[base], model=name, queries=queries, **{**TINY, "d_model": 64})
+    detector = shaken(registry.build(cfg)).eval()
+    sizes = [(40, 57), (61, 90), (9, 12), (101, 33)]
+    images = torch.randn(4, 3, 110, 120, generator=torch.Generator().manual_seed(0))
+    is_pad = torch.ones(4, 110, 120, dtype=torch.bool)
+    for pad, (h, w) in zip(is_pad, sizes):
+        pad[:h, :w] = False
+    together = detector(images, is_pad).o_decoder[-1]
+    for i, (h, w) in enumerate(sizes):
+        alone = detector(images[i:i + 1, :, :h, :w], is_pad[i:i + 1, :h, :w]).o_decoder[-1]
+        for found, expected in zip(together, alone):
+            assert_close(found[i:i + 1], expected, atol=1e-5, rtol=0)
+
+
 # --- traced ---------------------------------------------------------------------------------------
 
 VARIANTS = [("deformable", "dac", "two_stage"), *(
@@ -159,9 +183,15 @@ def assert_same(found, wanted):
         assert_close(one.boxes, other.boxes, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """A graph reads padding as published models do; so does the detector it is compared with."""
+    monkeypatch.setattr(backbone, "alone", backbone.together)
+
+
 @pytest.mark.parametrize("base, name, queries", VARIANTS)
 @torch.no_grad()
-def test_export(base, name, queries):
+def test_export(base, name, queries, traced):
     """torch.export, any batch size; the graph must not remember the images it was made with."""
     detector = shaken(a_detector(base, name, queries)).eval()
     batch = torch.export.Dim("batch", max=64)
@@ -173,7 +203,7 @@ def test_export(base, name, queries):
 
 @pytest.mark.parametrize("base, name, queries", VARIANTS)
 @torch.no_grad()
-def test_compile(base, name, queries):
+def test_compile(base, name, queries, traced):
     """torch.compile in one graph, without a break; aot_eager needs no C++ compiler."""
     detector = shaken(a_detector(base, name, queries)).eval()
     compiled = torch.compile(detector, backend="aot_eager", fullgraph=True)

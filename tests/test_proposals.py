@@ -91,12 +91,14 @@ def test_mini_detector_by_definition():
             cell = memory.tokens[b, s] if is_good[b, s] else torch.zeros(D).double()
             cell = F.layer_norm(net.project.weight @ cell + net.project.bias, (D,),
                                 net.norm.weight, net.norm.bias)
-            assert_close(found.logits[b, s], net.class_head(cell), **EXACT)
+            is_pad = memory.is_pad[b, s]
+            logits = torch.full((C,), -100.).double() if is_pad else net.class_head(cell)
+            assert_close(found.logits[b, s], logits, **EXACT)
             if is_good[b, s]:
                 start = torch.log(anchor[b, s] / (1 - anchor[b, s]))
                 box = torch.sigmoid(start + net.box_head(cell))
                 assert_close(found.boxes[b, s], box, **EXACT)
-    assert (~is_good).sum() > 10
+    assert (~is_good).sum() > 10 and memory.is_pad.any()
     # no good: sigmoid(inf + delta), whatever the box head says, and nothing to learn from it
     assert (found.boxes[~is_good] == 1).all()
     found.boxes[~is_good].sum().backward()
@@ -122,8 +124,8 @@ def test_best_worked_by_hand():
 
 def test_best_of_fewer_cells_than_queries():
     found = proposals_with(torch.tensor([[0.1, 3.0, -1.0]]))
-    best = proposals.MiniDetector(D, C).best(found, 300)
-    assert_close(best[0, :, 0], torch.tensor([.01, .00, .02]))
+    best = proposals.MiniDetector(D, C).best(found, 5)
+    assert_close(best[0, :, 0], torch.tensor([.01, .00, .02, 1, 1]))         # as cells of padding
 
 
 # Two-stage queries; Deformable DETR's own, without mixing, beside DINO's
@@ -169,9 +171,9 @@ def test_decoder_losses_do_not_reach_the_mini_detector(cls):
 
 @pytest.mark.parametrize("cls", BOTH)
 def test_fewer_cells_than_queries(cls):
-    """A small image has 6 + 2 cells, 20 queries are asked for: 8 come, and they are all cells."""
+    """A small image has 6 + 2 cells, 20 queries are asked for: 8 cells and 12 boxes of padding."""
     memory = a_memory(shapes=[(2, 3), (1, 2)])
     queries = randomise(cls(20, D, C, 2))(memory)
-    assert queries.content.shape == queries.pos.shape == (2, 2, 8, D)
-    assert queries.ref_boxes.shape == (2, 8, 4)
+    assert queries.content.shape == queries.pos.shape == (2, 2, 20, D)
+    assert queries.ref_boxes.shape == (2, 20, 4) and (queries.ref_boxes[:, 8:] == 1).all()
     assert all(x.isfinite().all() for x in queries[:3])

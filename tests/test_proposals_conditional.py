@@ -13,18 +13,21 @@ QUERIES = [proposals_conditional.AnchorQueries, proposals_conditional.AnchorCell
 
 
 @pytest.mark.parametrize("kind", QUERIES)
-def test_anchors_lie_on_the_image_and_are_at_most_its_cells(kind, generator):
-    """The second image has 8 cells: of 30 queries 8 are left, none of them padding."""
+def test_anchors_lie_on_the_image_best_first(kind, generator):
+    """The second image has 8 cells: of its 30 queries 8 are cells, the others have no cell."""
     memory = helpers.conditional_memory(D)
     make = helpers.shaken(kind(**{**SETS, "num_queries": 30}, num_sets=2), generator)
     queries = make(memory)
-    assert queries.content.shape == queries.pos.shape == queries.spatial.shape == (2, 2, 8, D)
-    assert queries.ref_points.shape == (2, 8, 2) and not queries.ref_points.requires_grad
+    assert queries.content.shape == queries.pos.shape == queries.spatial.shape == (2, 2, 30, D)
+    assert queries.ref_points.shape == (2, 30, 2) and not queries.ref_points.requires_grad
     cell = make.mini_detector.best(queries.proposals, 30, memory.is_pad)
-    assert not memory.is_pad.gather(1, cell).any()
+    S = memory.is_pad.shape[1]
     assert (queries.proposals.logits[memory.is_pad] == -100).all()
-    score = queries.proposals.logits.amax(-1).gather(1, cell)
-    assert (score.diff(dim=1) <= 0).all()                                           # best first
+    for image, num_cells in enumerate((S, 8)):
+        here = cell[image, :num_cells]
+        assert len(here.unique()) == len(here) and not memory.is_pad[image, here].any()
+        assert (queries.proposals.logits[image].amax(-1)[here].diff() <= 0).all()
+    assert (cell[1, 8:] == S).all() and (queries.ref_points[1, 8:] == 1).all()
 
 
 def test_contents_of_the_three_kinds(generator):
@@ -37,7 +40,7 @@ def test_contents_of_the_three_kinds(generator):
         assert (content.abs().max() > 0) == (kind is not QUERIES[0])
         if kind is QUERIES[1]:
             cell = make.mini_detector.best(make(memory).proposals, N, memory.is_pad)
-            assert_close(content[1], proposals_conditional.pick(tokens, cell))
+            assert_close(content[1], proposals_conditional.pick(tokens, cell, 0.0))
         if trains:
             assert (content[0] - content[1]).abs().max() > 1e-3         # a predictor for each task
 

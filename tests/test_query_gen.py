@@ -42,7 +42,8 @@ def test_region_features_are_roi_align_box_by_box(generator):
         for cx, cy, w, h in ref_boxes[b].tolist():
             corners = f64(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             in_cells = corners * f64(width, height, width, height)
-            expected.append(ops.roi_align(level[b:b + 1], [in_cells[None]], 7, aligned=True))
+            image = level[b:b + 1, :, :height, :width]
+            expected.append(ops.roi_align(image, [in_cells[None]], 7, aligned=True))
     assert_close(found, torch.cat(expected), **EXACT)
 
 
@@ -220,9 +221,10 @@ def test_anchors_get_no_gradient_points_and_features_do(generator):
 
 
 def test_fewer_cells_than_queries(generator):
-    """[SD Eq. 4]  The smaller image of the batch has 2 cells: they and 2 of the other's come."""
+    """[SD Eq. 4]  The smaller image of the batch has 2 cells; its other queries have none."""
     memory = padded_memory(WIDTH, [(3, 3)])
     out = query_gen.TaskAwareQueries(50, WIDTH, 3, num_sets=2).double()(memory)
-    assert out.content.shape == (2, 2, 2, WIDTH) and out.ref_points.shape == (2, 2, 2)
-    assert len(out.ref_points[1].unique(dim=0)) == 2                    # none of them twice
+    assert out.content.shape == (2, 2, 50, WIDTH) and out.ref_points.shape == (2, 50, 2)
+    assert len(out.ref_points[1, :2].unique(dim=0)) == 2                # none of them twice
+    assert (out.ref_points[1, 2:] == 1).all()
     assert out.content.isfinite().all() and out.pos.isfinite().all()

@@ -16,7 +16,7 @@ from detr_min.data import dataset  # noqa: E402
 from detr_min.run import config, registry  # noqa: E402
 
 PACKAGE = pathlib.Path(detr_min.__file__).parent
-MOST_FILES, MOST_FUNCTIONS = 9, 35
+MOST_FILES, MOST_FUNCTIONS = 9, 36
 
 
 def a_step():

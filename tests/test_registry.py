@@ -25,7 +25,7 @@ def test_words_become_classes():
     detector = registry.build(a_config("shapes_sd"))
     assert type(detector.decoder) is decoder_decoupled.DecoupledDecoder
     assert type(detector.queries) is query_gen.TaskAwareQueries
-    assert len(detector.queries.predictors) == 2                            # one a task
+    assert len(detector.queries.predictors) == 2                            # one per task
     detector = registry.build(a_config(model="dac_release", dn_number=5))
     assert type(detector) is denoising.DenoisingDetector
     assert type(detector.decoder) is dac_release.DACReleaseDecoder

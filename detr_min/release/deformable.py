@@ -42,7 +42,7 @@ class UnmixedTwoStageQueries(proposals.TwoStageQueries):
         self.content = None
 
     def forward(self, memory):
-        """A Memory -> min(N, S) Queries"""
+        """A Memory -> N Queries"""
         found = self.mini_detector(memory)
         ref_boxes = self.mini_detector.best(found, self.num_queries)
         pos, content = self.embed(ref_boxes)
@@ -54,7 +54,7 @@ class FixedReferenceDecoder(decoder_base.Decoder):
     """Deformable DETR without refinement: every layer looks around the same point."""
 
     def o_decoder(self, queries, memory):
-        """Decode Queries and a Memory to Predictions, one a layer; the last is the answer."""
+        """Decode Queries and a Memory to Predictions, one per layer; the last is the answer."""
         x, pos, predictions = queries.content[0], queries.pos[0], []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
             x = layer.disperse(x, pos, queries.is_blocked)
@@ -74,7 +74,7 @@ def look_forward_once(decoder, queries, memory, disperse):
         queries   Queries; memory a Memory
         disperse  (layer, (B, N, D)) -> (B, N, D), what comes before cross-attention
     Returns:
-        [Predictions], one a layer; the boxes are those of the decoder's own pass
+        [Predictions], one per layer; the boxes are those of the decoder's own pass
     """
     x, pos, ref_boxes, predictions = queries.content[0], queries.pos[0], queries.ref_boxes, []
     for layer, class_head, box_head in zip(decoder.layers, decoder.class_heads, decoder.box_heads):
@@ -89,7 +89,7 @@ class OnceDecoder(decoder_base.Decoder):
     """Deformable DETR with refinement, before DINO's "look forward twice"."""
 
     def o_decoder(self, queries, memory):
-        """Decode Queries and a Memory to [Predictions], one a layer; the last is the answer."""
+        """Decode Queries and a Memory to [Predictions], one per layer; the last is the answer."""
         return look_forward_once(
             self, queries, memory,
             lambda layer, x: layer.disperse(x, queries.pos[0], queries.is_blocked))
@@ -103,6 +103,18 @@ class OnceDACDecoder(decoder_dac.DACDecoder):
     def c_decoder(self, queries, memory):
         """[DAC Eq. 3]  Decode without self-attention. In training only."""
         return look_forward_once(self, queries, memory, lambda layer, x: x)
+
+
+def propose_padding(mini_detector):
+    """Let cells of padding become queries and train them, as the authors' code does; in place.
+
+    They count as cells at the rim of the picture, with box (1, 1, 1, 1).
+    """
+    def without_mask(part, inputs):
+        [memory] = inputs
+        return memory._replace(is_pad=torch.zeros_like(memory.is_pad)),
+
+    mini_detector.register_forward_pre_hook(without_mask)
 
 
 def add_dropout(detector, share):

@@ -31,7 +31,7 @@ def noisy_copies(targets, num_classes, generator, dn_number=100, label_noise=0.2
     box moves by u * box_noise half sizes, up or down; u in [0, 1) if positive, [1, 2) if negative.
 
     Args:
-        targets      [dataset.Target], one an image
+        targets      [dataset.Target], one per image
         num_classes  C
         generator    torch.Generator on the CPU, so that every device gets the same noise
         dn_number    positives of the image of most objects; G = max(1, dn_number // its objects)
@@ -90,7 +90,8 @@ class DenoisingDetector(model.Detector):
         """Predict as model.Detector does; with `noisy`, a Noisy, also for its E slots. -> Output"""
         if noisy is None:
             return Output(*super().forward(images, is_pad))
-        memory = self.encoder(self.projections(self.backbone(images)), is_pad)
+        levels, pads = self.read(nn.Sequential(self.backbone, self.projections), images, is_pad)
+        memory = self.encoder(levels, pads)
         queries = self.queries(memory)
         both, E = self.prepend(noisy, queries), noisy.labels.shape[1]
         o_denoised, o_layers = split(self.decoder.o_decoder(both, memory), E)
@@ -124,7 +125,7 @@ def to_restore(targets, num_slots):
     """Pair each positive slot with the object that it is a copy of.
 
     Args:
-        targets    [dataset.Target], one an image
+        targets    [dataset.Target], one per image
         num_slots  E
     Returns:
         criterion.Pairs, in which every copy is an object of its own; and the number of groups, G

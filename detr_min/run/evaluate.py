@@ -154,14 +154,18 @@ def table(metrics, counts, num_images):
 def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=0, progress=iter):
     """AP of a model on a dataset.Detections that leaves nothing to chance.
 
-    Under torchrun each process takes its share, and all get what `coco_metrics` returns. `find` is
-    `detect`, or a functools.partial of it with another top_k or with nms. Precision is fp32 or
-    bf16; `workers` processes read pictures; `progress` wraps the loop, as tqdm does.
+    Pictures of like shape share a batch, so there is little padding. Under torchrun each process
+    takes its share, and all get what `coco_metrics` returns. `find` is `detect`, or a
+    functools.partial of it with another top_k or with nms. Precision is fp32 or bf16; `workers`
+    processes read pictures; `progress` wraps the loop, as tqdm does.
     """
     model = getattr(model, "module", model)     # DDP itself would wait for equal shares
     device = next(model.parameters(), torch.empty(0)).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    shapes = [image["width"] / image["height"] for image in map(dataset.coco.imgs.get,
+                                                                dataset.image_ids)]
+    by_shape = sorted(range(len(dataset)), key=shapes.__getitem__)
+    share = torch.utils.data.Subset(dataset, by_shape[rank::world])
     loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, collate_fn=list)
     results = []
     for batch in progress(loader):

@@ -75,6 +75,11 @@ def build(cfg):
     return {"deformable": build_deformable, "conditional": build_conditional}[cfg.recipe.base](cfg)
 
 
+def reading(cfg):
+    """Find how padded pictures are read: alone by our own networks, as published by the others."""
+    return backbone.alone if cfg.backbone == "convnet" else backbone.together
+
+
 def build_deformable(cfg):
     """Build a Detector on deformable attention and several feature levels."""
     r = cfg.recipe
@@ -83,8 +88,10 @@ def build_deformable(cfg):
     decoder = DECODERS["deformable"][cfg.model](r.decoder_layers, *sizes, r.num_classes)
     queries = QUERIES["deformable"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
                                                  getattr(decoder, "num_sets", 1))
+    if cfg.backbone != "convnet" and hasattr(queries, "mini_detector"):
+        deformable.propose_padding(queries.mini_detector)
     parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
-             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder)
+             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, reading(cfg))
     detector = (denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
                 if cfg.dn_number else model.Detector(*parts))
     if r.start == "published":
@@ -108,7 +115,8 @@ def build_conditional(cfg):
                                                   getattr(decoder, "num_sets", 1))
     return model.Detector(
         body, encoder_conditional.Projection(body.channels, r.d_model),
-        encoder_conditional.Encoder(r.encoder_layers, *sizes, r.dropout), queries, decoder)
+        encoder_conditional.Encoder(r.encoder_layers, *sizes, r.dropout), queries, decoder,
+        reading(cfg))
 
 
 class Training(NamedTuple):
