@@ -58,7 +58,7 @@ MUTANTS = [
               "boxes.Predictions(class_head(queries.content[0])")),
 
     *bank.of("attention_conditional.xavier_uniform",
-             ("vectors too", "parameter.dim() > 1", "parameter.dim() > 2")),
+             ("no matrix", "parameter.dim() > 1", "parameter.dim() > 2")),
     *bank.of("attention_conditional.MultiHead.__init__",
              ("wrong widths go through", "if d_model % num_heads:", "if False:"),
              ("a bias at first", "nn.init.zeros_(self.out_proj.bias)", "pass")),
