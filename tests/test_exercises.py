@@ -303,6 +303,44 @@ def test_a_swap_reaches_every_reference_and_is_undone():
         name.startswith("_mine") for name in vars(criterion))
 
 
+LOOP = "def aligned_target(*given):\n    while True: pass\n"
+
+
+def test_an_endless_loop_ends_in_a_sentence(tmp_path, monkeypatch, capsys):
+    """In a function, in its file, and in a student's own tests, which kill a mutant that way."""
+    (tmp_path / "tal_loss.py").write_text(LOOP)
+    status, tally, text = grade("tal_loss.aligned_target", tmp_path, UNTRAINED, "-x",
+                                "--seconds=.2")
+    assert status == pytest.ExitCode.TESTS_FAILED and not tally.passed
+    assert "test_target_by_hand did not end within 0.2 s: an endless loop, or a slow one?" in text
+    assert "tal_loss.py:2: in aligned_target" in text
+    (tmp_path / "tal_loss.py").write_text("while True: pass\n")
+    status, _, text = grade("tal_loss.aligned_target", tmp_path, "--seconds=.2")
+    assert status == pytest.ExitCode.USAGE_ERROR and "tal_loss.py, line 1 fails on import" in text
+    assert "did not end within 0.2 s" in text
+    monkeypatch.setattr(kill, "SECONDS", .2)
+    for loop in ("while True: pass\n", "def test_it():\n    while True: pass\n"):
+        status, said = graded(tmp_path, loop, capsys)
+        assert status == 1 and "Not graded" in said and "did not end within 0.2 s" in said
+
+
+def test_functions_of_one_run_keep_their_own_counts(tmp_path):
+    """A right one, a wrong one and a stub, which none of the others' tests is about."""
+    (tmp_path / "tal_loss.py").write_text((ROOT / "tests/answers/tal_loss.py").read_text())
+    wrong = bank.one("matcher.match_quality", "weights swapped")
+    hand_in(tmp_path, wrong.function, wrong.source())
+    stubs.main(tmp_path)
+    _, tally, text = grade("tal_loss.aligned_target", tmp_path, UNTRAINED, "--mine",
+                           wrong.function, "--mine", "matcher.one_to_many")
+    counts = {name: (int(passed), int(failed)) for name, passed, failed in re.findall(
+        r"exercise \d+, ([\w.]+) of .*: (\d+) passed, (\d+) failed, called \d+ times", text)}
+    assert counts["tal_loss.aligned_target"] == (4, 0) and counts["matcher.one_to_many"] == (0, 1)
+    assert counts[wrong.function][1] == len(tally.failed) - 1 > 0
+    assert counts[wrong.function][0] == len(tally.passed) - 4
+    assert text.count("Green. Now compare with detr_min/tal_loss.py.") == 1 == text.count("Green.")
+    assert "It is still the stub" in text and "Begin with tests/test_matcher.py::test_qual" in text
+
+
 def test_an_answer_that_calls_the_packages_function_is_told_so(tmp_path):
     (tmp_path / "tal_loss.py").write_text(
         "from detr_min import tal_loss as theirs\n"
@@ -371,6 +409,11 @@ def test_mistakes_of_the_command_line_end_in_a_sentence(tmp_path):
     assert re.search(r"matcher.py has no match_quality; it has match_qualty. `python exercises/",
                      refusal("matcher.match_quality", tmp_path))
     (tmp_path / "decoder_dac.py").write_text("class DACDecoder:\n    pass\n")
+    (tmp_path / "tal_loss.py").write_text("import sys\nsys.exit(0)\n")
+    assert "tal_loss.py, line 2 fails on import: SystemExit: 0" in refusal("tal_loss.tal_loss",
+                                                                           tmp_path)
+    (tmp_path / "tal_loss.py").write_bytes(b"x = '\xff'")
+    assert "is no text in UTF-8" in refusal("tal_loss.tal_loss", tmp_path)
     assert "has no DACDecoder.c_decoder" in refusal("decoder_dac.DACDecoder.c_decoder", tmp_path)
     status, _, text = grade("nonsense", tmp_path)
     assert status == pytest.ExitCode.USAGE_ERROR and "nonsense is no exercise" in text
@@ -501,3 +544,4 @@ def test_the_tests_of_an_exercise_exist(function):
         file, name = test.split("[")[0].split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
     assert len(catalogue.GRADED[function].tests) >= 3
+    assert "by_hand" in catalogue.GRADED[function].tests[0], "the case worked by hand comes first"

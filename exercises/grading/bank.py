@@ -153,7 +153,7 @@ MUTANTS = [
         ("x and y swapped", "[(w, h) for", "[(h, w) for"),
         ("offsets count whole boxes", "/ (2 * K)", "/ K")),
     *of("query_gen.region_features",
-        ("off by half a cell", "aligned=True", "aligned=False"),
+        ("off by half a cell", "[corners], size, aligned=True", "[corners], size, aligned=False"),
         ("x and y swapped", "[w, h, w, h]", "[h, w, h, w]")),
     *of("criterion.task_aligned_loss",
         ("the IoU of an object with itself", "layer.boxes[place[:2]], pairs.boxes",

@@ -60,7 +60,8 @@ class Work:
         self.undo = self.stop = lambda: None
         if is_apart:
             from exercises.grading import apart     # needs Linux or a Mac
-            self.yours = apart.Apart(self.path, self.function, min(seconds, apart.SECONDS))
+            self.yours = apart.Apart(self.path, self.function, min(seconds, apart.SECONDS),
+                                     apart.MEMORY_MB)
             self.stop = self.yours.stop
         else:
             with limits.time_limit(seconds, f"the import of {handin.shown(self.path)}"):

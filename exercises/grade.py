@@ -1,0 +1,224 @@
+"""Grade the hand-ins of a class.
+
+    python exercises/grade.py submissions/ --csv points.csv
+    python exercises/grade.py submissions/ --csv points.csv --mine boxes.giou --mine bug_3
+
+submissions/ holds a folder for each student, named as the student is to be called in the csv. The
+files lie in it as in exercises/: submissions/ada/matcher.py. Without --mine, all functions of
+exercises 1 to 10 are graded. A point is a test that the function passes; there is no training.
+
+The csv gets a row for each student and exercise as soon as it is graded. Rows that it has already
+stay, and what they grade is not graded again: after Ctrl-C or a crash, give the same command. To
+grade something anew, delete its row. Needs Linux. To see all of a failure:
+
+    pytest --mine matcher.match_quality --folder=submissions/ada --apart
+"""
+import argparse
+import contextlib
+import csv
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)             # not exercises/, whose files have the names of the package's
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # a process that has used a GPU cannot fork
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from exercises.grading import apart, bank, catalogue  # noqa: E402
+
+FIELDS = "student", "exercise", "points", "of", "seconds", "reason"
+FORK = multiprocessing.get_context("fork")
+PYTEST = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "--maxfail=100000", "--tb=line"]
+
+
+class Outcome:
+    """How many tests a run was asked for, and why those that failed did."""
+
+    def __init__(self):
+        self.items, self.works, self.failed = [], [], {}
+
+    def pytest_collection_finish(self, session):
+        self.items = [item.nodeid for item in session.items
+                      if not item.get_closest_marker("slow")]
+
+    def pytest_sessionfinish(self, session):
+        grader = session.config.pluginmanager.get_plugin("grader")
+        self.works = grader.works if grader else []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.failed:
+            text = " ".join(call.excinfo.exconly().split())
+            self.failed[item.name] = text.removeprefix("exercises.grading.apart.Gone: ")[:200]
+        return report
+
+    def reasons(self):
+        """Each reason, with the tests that failed for it."""
+        tests = {}
+        for name, text in self.failed.items():
+            tests.setdefault(text, []).append(name)
+        return [f"{text} [{', '.join(names)}]" for text, names in tests.items()]
+
+
+def run(words):
+    """pytest in this process. -> its Outcome, what it said in stderr"""
+    outcome, said = Outcome(), io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        pytest.main([*PYTEST, *words], plugins=[outcome])
+    return outcome, " ".join(said.getvalue().split()).removeprefix("ERROR: ")
+
+
+def tests_of(target):
+    function = bank.BUGS[target].function if target in bank.BUGS else target
+    return [str(ROOT / "tests" / test) for test in catalogue.GRADED[function].tests]
+
+
+def numbers_of_tests(targets):
+    """{target: how many tests grade it}; the test files are imported on the way."""
+    return {target: len(run(["--collect-only", *tests_of(target)])[0].items) for target in targets}
+
+
+def grade(folder, target, total, options):
+    """A row's points, of, reason; to be called in a process that may be killed.
+
+    A test counts only if it has run, has called the student's function and has passed.
+    """
+    torch.set_num_threads(1)
+    apart.MEMORY_MB = options.memory
+    outcome, said = run(["--mine", target, f"--folder={folder}", "--apart"])
+    if not outcome.works:
+        return 0, total, said or "pytest could not run"
+    work, points = outcome.works[0], len(set(outcome.works[0].passed))
+    if work.is_stub:
+        return points, total, "still the stub"
+    missing = total - points - len(outcome.failed)
+    reasons = outcome.reasons() + [f"{missing} not run, or without a call of it"] * (missing > 0)
+    return points, total, " | ".join(reasons)
+
+
+class Job:
+    """One hand-in being graded: a process, whose only word is its last."""
+
+    def __init__(self, student, folder, target, total, options):
+        self.student, self.target, self.total, self.options = student, target, total, options
+        self.begin = time.monotonic()
+        self.connection, theirs = FORK.Pipe(duplex=False)
+
+        def work():
+            theirs.send(grade(folder, target, total, options))
+        self.process = FORK.Process(target=work)
+        self.process.start()
+        theirs.close()
+
+    def row(self):
+        """The row of the csv, once it is there; None before."""
+        seconds = time.monotonic() - self.begin
+        is_late = seconds > self.options.seconds
+        if not self.connection.poll() and self.process.is_alive() and not is_late:
+            return None
+        points, of, reason = 0, self.total, f"not graded within {self.options.seconds:g} s"
+        try:
+            if self.connection.poll():
+                points, of, reason = self.connection.recv()
+        except EOFError:
+            self.process.join(1)
+            reason = f"the process that graded it was ended, status {self.process.exitcode}"
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        return dict(zip(FIELDS, (self.student, self.target, points, of, round(seconds, 1), reason)))
+
+
+def parse(words):
+    about, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=about, epilog=rest, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=pathlib.Path, help="it holds a folder for each student")
+    add("--csv", type=pathlib.Path, required=True, metavar="FILE", help="where the rows go")
+    add("--mine", action="append", default=[], metavar="MODULE.FUNCTION", help="what to grade")
+    add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="hand-ins at the same time")
+    add("--seconds", type=float, default=180, metavar="S", help="for one function of one student")
+    add("--memory", type=int, default=apart.MEMORY_MB, metavar="MB", help="of it, beside torch")
+    options = parser.parse_args(words)
+    known = [*catalogue.EXERCISES, *bank.BUGS]
+    for target in options.mine:
+        if target not in known:
+            parser.error(f"--mine {target} is no exercise. There are: {', '.join(known)}")
+    if options.jobs < 1 or options.seconds <= 0 or options.memory <= 0:
+        parser.error("--jobs, --seconds and --memory are above 0")
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder; it should hold a folder for each student")
+    if not sys.platform.startswith("linux"):
+        parser.error("the limits of time and memory need Linux: use a virtual machine or WSL")
+    options.mine = options.mine or list(catalogue.EXERCISES)
+    return options
+
+
+def rows_of(file):
+    """The rows of a csv, which is made if it is not there; a last row that was cut off is removed.
+    """
+    text = file.read_text() if file.exists() else ""
+    whole = text[:text.rfind("\n") + 1] or ",".join(FIELDS) + "\n"
+    reader = csv.DictReader(io.StringIO(whole))
+    if tuple(reader.fieldnames) != FIELDS:
+        raise SystemExit(f"{file} has the columns {', '.join(reader.fieldnames)} and not "
+                         f"{', '.join(FIELDS)}: is it another file?")
+    if whole != text:
+        beside = file.with_name(file.name + ".new")
+        beside.write_text(whole)
+        beside.replace(file)
+    return list(reader)
+
+
+def main(words):
+    options = parse(words)
+    options.csv = options.csv.resolve()
+    students = sorted(f for f in options.folder.iterdir() if f.is_dir() and f.name[0] not in "._")
+    if not students:
+        print(f"{options.folder} holds no folder; it should hold one for each student")
+        return 2
+    rows = rows_of(options.csv)
+    done = {(row["student"], row["exercise"]) for row in rows}
+    todo = [(folder.name, folder.resolve(), target) for folder in students
+            for target in options.mine if (folder.name, target) not in done]
+    print(f"{len(students)} students, {len(todo)} to grade; {options.csv} holds {len(rows)} rows")
+    os.chdir(ROOT)                          # where pytest finds its settings
+    totals, jobs = numbers_of_tests(dict.fromkeys(target for *_, target in todo)), []
+    with options.csv.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+        try:
+            while todo or jobs:
+                while todo and len(jobs) < options.jobs:
+                    student, folder, target = todo.pop(0)
+                    jobs.append(Job(student, folder, target, totals[target], options))
+                multiprocessing.connection.wait([job.connection for job in jobs], timeout=0.5)
+                for job in list(jobs):
+                    if row := job.row():
+                        jobs.remove(job)
+                        writer.writerow(row)
+                        stream.flush()
+                        rows.append(row)
+                        print("{student}  {exercise}  {points}/{of}  {reason:.100}".format(**row))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here")
+            return 130
+        finally:
+            for job in jobs:
+                job.process.kill()
+    for folder in students:
+        own = [row for row in rows if row["student"] == folder.name]
+        print(f"{folder.name}: {sum(int(r['points']) for r in own)} of "
+              f"{sum(int(r['of']) for r in own)} points")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
