@@ -2,10 +2,12 @@
 
     python eval.py runs/dac_shapes                            # AP on the run's own validation set
     python eval.py runs/dac_shapes/best.pt --coco DIR         # on a COCO folder's, classes by name
-    python eval.py RUN --photos holiday/ --threshold 0.4      # one png per photo, and detections.json
+    python eval.py RUN --photos holiday/ --threshold 0.4      # a png per photo, and detections.json
     python eval.py RUN --points photo.jpg                     # where the last layer looks
+    python eval.py RUN --explore photo.jpg                    # a page to play with, every layer
+    python eval.py RUN --explore 12                           # ... of a validation image, by its id
 
-Photos are drawn into --out, else RUN/photos. With --out, AP is also written there, as eval.json.
+Pictures and pages go into --out, else RUN/photos. With --out, so does AP, as eval.json.
 """
 import argparse
 import dataclasses
@@ -17,7 +19,7 @@ import sys
 import torch
 
 import detr_min
-from detr_min.run import config, draw, evaluate, looks, predictor, sets
+from detr_min.run import config, draw, evaluate, explore, looks, predictor, sets
 
 
 def parse(argv=None):
@@ -29,6 +31,8 @@ def parse(argv=None):
     parser.add_argument("--images", type=int, default=0, help="only the first N; 0 = all")
     parser.add_argument("--photos", metavar="FILE_OR_FOLDER", help="draw detections on these")
     parser.add_argument("--points", metavar="FILE", help="draw where the last layer looks")
+    parser.add_argument("--explore", metavar="FILE_OR_ID", help="a page of what the queries do on "
+                        "a photo, or on the validation image of this id, with its objects")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn")
     parser.add_argument("--top_k", type=int, default=0, help="detections an image; 0: preset's")
     parser.add_argument("--nms", type=float, metavar="IOU", help="drop boxes that overlap a better "
@@ -44,7 +48,7 @@ def parse(argv=None):
     for name in ("threshold", "nms"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be from 0 to 1")
-    for name in ("coco", "photos", "points", "out"):
+    for name in ("coco", "photos", "points", "explore", "out"):
         if getattr(args, name) == "":
             parser.error(f"--{name} is empty: is it an unset variable of your shell?")
     return args
@@ -98,6 +102,38 @@ def draw_points(detector, args, out):
         print(png)
 
 
+def open_val(detector, args):
+    """The validation set of --coco, or the run's own, labelled as the detector was trained."""
+    cfg = detector.config
+    if not cfg.preset.startswith("shapes") and not (args.coco or cfg.coco):
+        raise ValueError(f"{args.weights} is a published file, which names no data: give "
+                         "--coco DIR or --photos FILE")
+    val_set = sets.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
+                            detector.categories)
+    if val_set.is_held_out:
+        print(f"{args.coco or cfg.coco}{sets.said_of_val(cfg, val_set)}")
+    return val_set
+
+
+def write_pages(detector, args, out):
+    """--explore: one page per photo, or the page of one validation image with its objects."""
+    if args.explore.isdecimal():
+        val_set, image_id = open_val(detector, args), int(args.explore)
+        if image_id not in val_set.image_ids:
+            first = ", ".join(map(str, val_set.image_ids[:5]))
+            raise ValueError(f"--explore {image_id}: the validation set has no image of this id; "
+                             f"its first ids are {first}")
+        image, target = val_set[val_set.image_ids.index(image_id)]
+        pages = [(f"image {image_id}", f"val_{image_id}", image, target)]
+    else:
+        pages = ((name, name, detector.network_image(picture), None)
+                 for name, picture in readable(args.explore))
+    for name, stem, image, target in pages:
+        out.mkdir(parents=True, exist_ok=True)
+        explore.write(detector, image, name, out / f"{stem}.html", target)
+        print(out / f"{stem}.html")
+
+
 def main(argv=None):
     """Run the command line. Raises ValueError or OSError for what a person can mend."""
     args = parse(argv)
@@ -106,15 +142,9 @@ def main(argv=None):
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
     if args.photos and out.resolve() == pathlib.Path(args.photos).resolve():
         raise ValueError(f"--out {out} is where the photos are: take another folder for drawings")
-    if args.coco or not (args.photos or args.points):
-        if not cfg.preset.startswith("shapes") and not (args.coco or cfg.coco):
-            raise ValueError(f"{args.weights} is a published file, which names no data: give "
-                             "--coco DIR or --photos FILE")
-        val_set = sets.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
-                                  detector.categories)
+    if args.coco and not args.explore or not (args.photos or args.points or args.explore):
+        val_set = open_val(detector, args)
         val_set.image_ids = val_set.image_ids[:args.images or None]
-        if val_set.is_held_out:
-            print(f"{args.coco or cfg.coco}{sets.said_of_val(cfg, val_set)}")
         find = functools.partial(evaluate.detect, top_k=args.top_k or cfg.recipe.detections,
                                  nms=args.nms)
         metrics, table = evaluate.evaluate(detector.model, val_set, cfg.batch, find, cfg.precision)
@@ -126,6 +156,8 @@ def main(argv=None):
         draw_photos(detector, args, out)
     if args.points:
         draw_points(detector, args, out)
+    if args.explore:
+        write_pages(detector, args, out)
 
 
 if __name__ == "__main__":

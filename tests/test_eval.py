@@ -141,6 +141,27 @@ def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
     assert len(rows) == 3 and {row["label"] for row in rows} <= set(shapes.CLASSES)
 
 
+@pytest.mark.parametrize("which", ["run", "sd_run"])
+def test_pages_of_a_photo_and_of_a_validation_image(which, request, tmp_path, capsys):
+    """Digits are an image's id, of the run's set or of --coco's; its objects come with it."""
+    photo(tmp_path / "a.png")
+    shapes.write_folder(tmp_path / "data", 2, 3, size_px=64)
+    folder, out = str(request.getfixturevalue(which)[0]), tmp_path / "out"
+    capsys.readouterr()                                         # what the training printed
+    for words in (["--explore", str(tmp_path / "a.png")], ["--explore", "4"],
+                  ["--explore", "3", "--coco", str(tmp_path / "data")]):
+        program.main([folder, "--out", str(out), *words])
+    assert capsys.readouterr().out.split() == [f"{out / name}.html"
+                                               for name in ("a.png", "val_4", "val_3")]
+    pages = [json.loads(re.search('json">(.*?)</script>', path.read_text(), re.S)[1])
+             for path in (out / "a.png.html", out / "val_4.html", out / "val_3.html")]
+    assert [page["name"] for page in pages] == ["a.png", "image 4", "image 3"]
+    assert pages[0]["objects"] is None and [len(page["objects"]) for page in pages[1:]] == [
+        len(shapes.scene(0, "val", index, 64).labels) for index in (3, 2)]
+    with pytest.raises(ValueError, match="--explore 7: .* no image of this id; .* 1, 2, 3, 4$"):
+        program.main([folder, "--out", str(out), "--explore", "7"])
+
+
 @pytest.mark.parametrize("words, message", [
     (["nowhere"], "nowhere does not exist"),
     (["--threshold", "2", "x"], "--threshold 2.0: it must be from 0 to 1"),

@@ -26,6 +26,12 @@ def normalise(picture):
     return v2.functional.normalize(image, MEAN, STD)
 
 
+def denormalise(image):
+    """Undo `normalise`. float (3, h, w) -> uint8 (3, h, w), on the CPU"""
+    std, mean = (torch.tensor(numbers)[:, None, None] for numbers in (STD, MEAN))
+    return (255 * (image.cpu() * std + mean).clamp(0, 1)).round().byte()
+
+
 def flip_only():
     return v2.RandomHorizontalFlip(0.5)
 

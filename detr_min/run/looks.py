@@ -2,6 +2,8 @@
 
 After [SD Fig. 1]. Read after `draw.py`.
 """
+import contextlib
+
 import torch
 
 from .. import attention, attention_conditional, boxes
@@ -12,14 +14,25 @@ BRANCHES = {"": "cross-attention", "cls": "classification branch", "loc": "local
 KINDS = attention.DeformableAttention, attention_conditional.ConditionalAttention
 
 
-def last_attentions(decoder):
-    """Find the last layer's cross-attention of each branch. -> {"" or "cls" and "loc": module}"""
-    found = {}
-    for name, module in decoder.named_modules():        # layer after layer: the last one stays
+@contextlib.contextmanager
+def noted(decoder):
+    """Note what each cross-attention is called with inside; one branch has a call for each layer.
+
+    Yields:
+        {"" or "cls" and "loc": [(module, its arguments)]}, filled as the decoder runs
+    """
+    calls, hooks = {}, []
+    for name, module in decoder.named_modules():
         if isinstance(module, KINDS):
             branch = next((part for part in name.split(".") if part in BRANCHES), "")
-            found[branch] = module
-    return found
+            hooks.append(module.register_forward_hook(
+                lambda module, args, _, branch=branch: calls.setdefault(branch, []).append(
+                    (module, args))))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def last_calls(model, image, is_pad):
@@ -28,18 +41,11 @@ def last_calls(model, image, is_pad):
     Returns:
         logits (N, C) and boxes (N, 4), on the CPU; {branch: (module, its arguments)}
     """
-    calls, hooks = {}, []
-    for branch, module in last_attentions(model.decoder).items():
-        hooks.append(module.register_forward_hook(
-            lambda module, args, _, branch=branch: calls.update({branch: (module, args)})))
     device = next(model.parameters()).device
-    try:
-        with evaluate.answering(model):
-            answer = model(image[None].to(device), is_pad[None].to(device)).o_decoder[-1]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return *(t[0].float().cpu() for t in answer), calls
+    with noted(model.decoder) as calls, evaluate.answering(model):
+        answer = model(image[None].to(device), is_pad[None].to(device)).o_decoder[-1]
+    return *(t[0].float().cpu() for t in answer), {branch: layers[-1]
+                                                   for branch, layers in calls.items()}
 
 
 @torch.inference_mode()
@@ -112,9 +118,7 @@ def where_it_looks(model, image, is_pad, out_png, names=None, num_queries=3):
     best = score.argsort(descending=True, stable=True)[:num_queries].tolist()
     figure, grid = draw.tiles(len(best), 1 + len(calls))
     h, w = int((~is_pad[:, 0]).sum()), int((~is_pad[0]).sum())
-    std, mean = (torch.tensor(numbers)[:, None, None]
-                 for numbers in (transforms.STD, transforms.MEAN))
-    picture = ((image[:, :h, :w].cpu() * std + mean).clamp(0, 1) * 255).byte()
+    picture = transforms.denormalise(image[:, :h, :w])
     size, panels = torch.tensor([w, h]), iter(grid)
     for query in best:
         word = names[label[query]] if names else f"class {int(label[query])}"
