@@ -166,6 +166,39 @@ RULES = {"one_to_one": (matcher.match_cost, matcher.one_to_one),
                          matcher.one_to_many)}
 
 
+def test_objects_are_numbered_through_the_batch_and_judged_layers_decide(generator):
+    """A loss that ranks the pairs of an object must not mix objects of two images."""
+    layer, judged = random_layer(generator, B=3), random_layer(generator, B=3)
+    targets, seen = random_targets(generator, (2, 0, 3)), []
+
+    def spy(layer, pairs):
+        seen.append((layer, pairs))
+        return layer.logits.sum(), layer.boxes.sum(), layer.boxes.sum()
+
+    rule = matcher.match_cost, matcher.one_to_one
+    criterion.decoder_loss([layer], targets, *rule, spy, 1.0, judged=[judged])
+    criterion.decoder_loss([layer], targets, *rule, spy, 1.0)
+    for (scored, pairs), by in zip(seen, (judged, layer), strict=True):
+        assert scored.logits is layer.logits and scored.boxes is layer.boxes
+        assert_close(pairs, pairs_of(by, targets), **EXACT)
+        assert sorted(pairs.object_idx.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_predictions_are_scored_in_the_precision_of_their_boxes_and_without_gradient(generator):
+    layer = random_layer(generator)
+    layer, scored = layer._replace(logits=layer.logits.bfloat16()), []
+
+    def score(logits, pred_boxes, gt_labels, gt_boxes):
+        scored.append(logits.dtype)
+        found = matcher.match_cost(logits, pred_boxes, gt_labels, gt_boxes)
+        assert not found.requires_grad
+        return found
+
+    criterion.decoder_loss([layer], random_targets(generator), score, matcher.one_to_one,
+                           criterion.focal_loss, 1.0)
+    assert scored == [torch.float64] * 2
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_decoder_loss_is_the_mean_over_objects_summed_over_layers(generator, rule):
     """[DETR Eq. 2]  Every layer and image is matched on its own, the last layer is not special."""

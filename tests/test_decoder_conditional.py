@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import backbone, decoder_conditional, proposals_conditional
+from detr_min import attention_conditional, backbone, decoder_conditional, proposals_conditional
 from detr_min.run import config, registry
 from helpers import f64
 
@@ -63,6 +63,17 @@ def test_plain_decoder_by_definition(plain, generator):
         expected[..., :2] += torch.log(r / (1 - r))
         assert_close(p.boxes, expected.sigmoid(), atol=1e-12, rtol=0)
         assert_close(p.logits, plain.class_head(out), atol=1e-12, rtol=0)
+
+
+def test_dropout_drops_what_was_read_and_the_ffn_and_keeps_the_residual(generator):
+    layer = decoder_conditional.DecoderLayer(
+        attention_conditional.ConditionalAttention, D, H, 48, dropout=1.0).double()
+    x, pos, spatial = (t[0] for t in helpers.conditional_queries(D, N)[:3])
+    normed = torch.nn.functional.layer_norm(x, (D,))
+    assert_close(layer.disperse(x, pos), normed, atol=1e-12, rtol=0)
+    found = layer.gather(x, pos, spatial, helpers.conditional_memory(D))
+    assert_close(found, torch.nn.functional.layer_norm(normed, (D,)), atol=1e-12, rtol=0)
+    assert (layer.eval().disperse(x, pos) - normed).abs().max() > 1e-3
 
 
 def test_padding_changes_nothing(plain, generator):

@@ -141,6 +141,22 @@ def test_permuting_the_queries_permutes_the_answers(name, request, generator):
                      atol=1e-11, rtol=0)
 
 
+def test_o_decoder_by_definition(decoupled):
+    """[SD Eq. 3]  Each task has a scale and a norm of its own; T = 1 in the first layer."""
+    queries, memory = helpers.conditional_queries(D, N), helpers.conditional_memory(D)
+    (x_cls, x_loc), (pos_cls, pos_loc), (e_cls, e_loc) = queries[:3]
+    pos, r, T_cls, T_loc = torch.cat([pos_cls, pos_loc], 1), queries.ref_points, 1, 1
+    for layer, p in zip(decoupled.layers, decoupled.o_decoder(queries, memory), strict=True):
+        x = layer.disperse(torch.cat([x_cls, x_loc], 1), pos)
+        x_cls = layer.cls.gather(x[:, :N], pos_cls, e_cls * T_cls, memory)
+        x_loc = layer.loc.gather(x[:, N:], pos_loc, e_loc * T_loc, memory)
+        T_cls, T_loc = decoupled.scale_cls(x_cls), decoupled.scale_loc(x_loc)
+        assert_close(p.logits, decoupled.class_head(decoupled.norm_cls(x_cls)), atol=1e-12, rtol=0)
+        expected = decoupled.box_head(decoupled.norm_loc(x_loc))
+        expected[..., :2] += torch.log(r / (1 - r))
+        assert_close(p.boxes, expected.sigmoid(), atol=1e-12, rtol=0)
+
+
 def reached(number, module):
     """Name -> largest absolute gradient of a number in that parameter; 0 where there is none.
 
