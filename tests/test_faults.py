@@ -40,6 +40,7 @@ def train(words, said, file_bytes):
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    multiprocessing.set_start_method("fork", force=True)        # of its workers: they start at once
     torch.set_num_threads(1)
     sets.NUM_VAL_SHAPES = 2
     registry.BACKBONES["deformable"]["convnet"] = lambda r: backbone.ConvNet(8)
