@@ -5,7 +5,7 @@
     python train.py --images 8 --steps 300                 # can it learn 8 images by heart?
     python train.py --coco DIR --images 500                # a folder in COCO layout
     python train.py --resume runs/dac_shapes               # go on after Ctrl-C or a crash
-    torchrun --nproc_per_node=2 train.py                   # the same run on two processes
+    torchrun --nproc_per_node=2 train.py                   # on two processes
 
 A run folder gets config.json, log.jsonl, last.pt, best.pt and, at the end, metrics.json, curves.png
 and predictions.png. Exit status: 0 done, 1 failed, 2 flags refused, 130 Ctrl-C.

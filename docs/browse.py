@@ -30,7 +30,8 @@ FOLDERS = {"": "Files of the papers, in reading order", "release": "release: the
            "data": "data: pictures and boxes", "run": "run: training, testing, saving, loading"}
 GUIDES = {"reading_path": "Reading path", "glossary": "Glossary", "pictures": "Pictures",
           "use": "Use", "researcher": "Your idea", "release": "Release",
-          "differences": "Differences", "troubleshooting": "Troubleshooting"}
+          "tables": "Tables", "differences": "Differences", "data": "Your data",
+          "troubleshooting": "Troubleshooting", "limits": "Limits", "explorer": "Explorer"}
 WRAPPED = 84            # a line of a formula at least this long was broken only by the editor
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
