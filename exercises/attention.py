@@ -16,7 +16,7 @@ def neighbours(position, size):
 
     Args:
         position  in cells, 0 = the centre of the first
-        size      cells of that axis; of several axes, if the last dimension tells them apart
+        size      number of cells on that axis, broadcast over the last dimension
     Yields:
         twice: cell, int32, kept on the map; share, with gradient
     """

@@ -5,8 +5,8 @@
 """
 import torch  # noqa: F401
 from torch import nn  # noqa: F401
-from detr_min import attention_conditional, boxes, decoder_conditional  # noqa: F401
-from detr_min import encoder, encoder_conditional, proposals  # noqa: F401
+from detr_min import attention_conditional, boxes  # noqa: F401
+from detr_min import decoder_conditional, encoder_conditional, proposals  # noqa: F401
 
 
 class DecoderLayer:

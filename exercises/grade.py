@@ -14,7 +14,6 @@ grade something anew, delete its row. Needs Linux. To see all of a failure:
     pytest --mine matcher.match_quality --folder=submissions/ada --apart
 """
 import argparse
-import contextlib
 import csv
 import io
 import multiprocessing
@@ -26,81 +25,12 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)             # not exercises/, whose files have the names of the package's
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # a process that has used a GPU cannot fork
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from exercises.grading import apart, bank, catalogue  # noqa: E402
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""     # a process that has used a GPU cannot fork
+from exercises.grading import apart, bank, catalogue, points  # noqa: E402
 
 FIELDS = "student", "exercise", "points", "of", "seconds", "reason"
 FORK = multiprocessing.get_context("fork")
-PYTEST = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "--maxfail=100000", "--tb=line"]
-
-
-class Outcome:
-    """How many tests a run was asked for, and why those that failed did."""
-
-    def __init__(self):
-        self.items, self.works, self.failed = [], [], {}
-
-    def pytest_collection_finish(self, session):
-        self.items = [item.nodeid for item in session.items
-                      if not item.get_closest_marker("slow")]
-
-    def pytest_sessionfinish(self, session):
-        grader = session.config.pluginmanager.get_plugin("grader")
-        self.works = grader.works if grader else []
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        if report.failed:
-            text = " ".join(call.excinfo.exconly().split())
-            self.failed[item.name] = text.removeprefix("exercises.grading.apart.Gone: ")[:200]
-        return report
-
-    def reasons(self):
-        """Each reason, with the tests that failed for it."""
-        tests = {}
-        for name, text in self.failed.items():
-            tests.setdefault(text, []).append(name)
-        return [f"{text} [{', '.join(names)}]" for text, names in tests.items()]
-
-
-def run(words):
-    """pytest in this process. -> its Outcome, what it said in stderr"""
-    outcome, said = Outcome(), io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        pytest.main([*PYTEST, *words], plugins=[outcome])
-    return outcome, " ".join(said.getvalue().split()).removeprefix("ERROR: ")
-
-
-def tests_of(target):
-    function = bank.BUGS[target].function if target in bank.BUGS else target
-    return [str(ROOT / "tests" / test) for test in catalogue.GRADED[function].tests]
-
-
-def numbers_of_tests(targets):
-    """{target: how many tests grade it}; the test files are imported on the way."""
-    return {target: len(run(["--collect-only", *tests_of(target)])[0].items) for target in targets}
-
-
-def grade(folder, target, total, options):
-    """A row's points, of, reason; to be called in a process that may be killed.
-
-    A test counts only if it has run, has called the student's function and has passed.
-    """
-    torch.set_num_threads(1)
-    apart.MEMORY_MB = options.memory
-    outcome, said = run(["--mine", target, f"--folder={folder}", "--apart"])
-    if not outcome.works:
-        return 0, total, said or "pytest could not run"
-    work, points = outcome.works[0], len(set(outcome.works[0].passed))
-    if work.is_stub:
-        return points, total, "still the stub"
-    missing = total - points - len(outcome.failed)
-    reasons = outcome.reasons() + [f"{missing} not run, or without a call of it"] * (missing > 0)
-    return points, total, " | ".join(reasons)
 
 
 class Job:
@@ -112,7 +42,7 @@ class Job:
         self.connection, theirs = FORK.Pipe(duplex=False)
 
         def work():
-            theirs.send(grade(folder, target, total, options))
+            theirs.send(points.grade(folder, target, total, options.memory))
         self.process = FORK.Process(target=work)
         self.process.start()
         theirs.close()
@@ -123,17 +53,17 @@ class Job:
         is_late = seconds > self.options.seconds
         if not self.connection.poll() and self.process.is_alive() and not is_late:
             return None
-        points, of, reason = 0, self.total, f"not graded within {self.options.seconds:g} s"
+        passed, of, reason = 0, self.total, f"not graded within {self.options.seconds:g} s"
         try:
             if self.connection.poll():
-                points, of, reason = self.connection.recv()
+                passed, of, reason = self.connection.recv()
         except EOFError:
             self.process.join(1)
             reason = f"the process that graded it was ended, status {self.process.exitcode}"
         self.process.kill()
         self.process.join()
         self.connection.close()
-        return dict(zip(FIELDS, (self.student, self.target, points, of, round(seconds, 1), reason)))
+        return dict(zip(FIELDS, (self.student, self.target, passed, of, round(seconds, 1), reason)))
 
 
 def parse(words):
@@ -191,7 +121,7 @@ def main(words):
             for target in options.mine if (folder.name, target) not in done]
     print(f"{len(students)} students, {len(todo)} to grade; {options.csv} holds {len(rows)} rows")
     os.chdir(ROOT)                          # where pytest finds its settings
-    totals, jobs = numbers_of_tests(dict.fromkeys(target for *_, target in todo)), []
+    totals, jobs = points.numbers_of_tests(dict.fromkeys(target for *_, target in todo)), []
     with options.csv.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         try:

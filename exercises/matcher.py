@@ -63,7 +63,7 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
         M  (N, M), in [0, class_weight + iou_weight]; an image without objects gives (N, 0)
     Raises:
         ValueError: probs outside [0, 1], which almost always means that logits were passed
-    Differs: DEVIATION. The paper prints weights 1 and 1; the release, and we, use .3 and .7.
+    Differs: the paper prints weights 1 and 1; the release and we use .3 and .7.
     """
     raise NotImplementedError(
         "exercise 4, matcher.match_quality: "
@@ -83,9 +83,9 @@ def one_to_many(quality, threshold=0.4, k=6):
         k           most queries an object gets; 6 is the release's
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
-    Differs: DEVIATION from the paper as we understand it, where a query may serve two objects: here
-        it has one box to learn. DEVIATION from the release, whose rule is
-        `release.dac_release.one_to_many`; the comparison >= is the release's.
+    Differs: as we read the paper, a query may serve two objects; here it serves one, because it has
+        only one box. The release has its own rule, `release.dac_release.one_to_many`; the
+        comparison >= is from there.
     """
     raise NotImplementedError(
         "exercise 5, matcher.one_to_many: "

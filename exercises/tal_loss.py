@@ -38,8 +38,8 @@ def tal_loss(logits, targets, gamma=2.0):
         targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
     Returns:
         scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
-    As printed. Left open by the equation: gradients pass through |t - s|^gamma, as in focal loss;
-    the caller keeps t at .01 or more and divides by the number of objects.
+    Differs: as printed, except for what the equation leaves open. Here gradients pass through
+        |t - s|^gamma, as in focal loss, and the caller keeps t at .01 or more.
     """
     raise NotImplementedError(
         "exercise 9, tal_loss.tal_loss: "

@@ -14,8 +14,9 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
-from detr_min import boxes, criterion
+from detr_min import boxes, criterion, matcher, tal_loss
 from detr_min.run import config, registry
 from exercises import bug, kill, stubs
 from exercises.grading import bank, catalogue, handin, mine, training
@@ -487,6 +488,7 @@ def test_the_stub_of_exercise_12_is_refused_with_its_own_sentence(tmp_path, caps
 ROWS = re.findall(r"^\| (\d+) \| `([\w.]+)` \| (\d+) \| (.+?) \| (\d+) \|$", README, re.M)
 SECTIONS = {int(number): text for number, text in
             re.findall(r"^## (\d+) (.+?)(?=^## |\Z)", README, re.M | re.S)}
+PROBLEMS = (FOLDER / "problem_set.md").read_text()
 
 
 def test_the_table_of_the_readme_is_the_table_of_the_exercises():
@@ -508,11 +510,12 @@ def test_a_row_names_the_equation_that_the_source_names(row):
         assert any(int(a) <= int(number) <= int(b or a) for a, b in tags), (section, tags)
 
 
-def test_each_exercise_has_its_paper_its_grading_and_one_hint():
+def test_each_exercise_has_its_paper_its_goal_its_grading_and_one_hint():
     assert sorted(SECTIONS) == list(range(1, 14))
     for number, text in SECTIONS.items():
         assert re.match(r".+ \(.+\)\n", text), f"no paper section in the heading of {number}"
         assert text.count("Graded: ") == 1 == text.count("Hint: "), number
+        assert len(re.findall(r"^Goal \((?:easy|medium|hard)\): \w.+\.$", text, re.M)) == 1, number
     for function, exercise in catalogue.EXERCISES.items():
         assert f"`pytest --mine {function}`" in SECTIONS[exercise.number], function
 
@@ -531,6 +534,49 @@ def test_numbers_files_and_flags_of_the_readme_are_true():
 
 
 PRESET = config.preset("shapes")
+
+
+# --- the problem set ------------------------------------------------------------------------------
+
+def test_the_points_of_the_problem_set_add_up():
+    """Two weeks of 50 points; the bonus is extra."""
+    weeks = re.findall(r"^## Week \d.*?\((\d+) points\)(.+?)(?=^## |\Z)", PROBLEMS, re.M | re.S)
+    numbers = re.findall(r"^\*\*Problem (\d+) \(", PROBLEMS, re.M)
+    assert numbers == [str(k) for k in range(1, len(numbers) + 1)] and len(weeks) == 2
+    for total, text in weeks:
+        points = re.findall(r"^\*\*Problem \d+ \((\d+) points", text, re.M)
+        assert sum(map(int, points)) == int(total) == 50
+
+
+def test_functions_and_links_of_the_problem_set_exist():
+    """Every function of exercises 1 to 9 is asked for once."""
+    named = [name for names in re.findall(r"\((`\w+`(?:, `\w+`)*)\)\.", PROBLEMS)
+             for name in names.replace("`", "").split(", ")]
+    upto_9 = [name.split(".")[-1] for name, exercise in catalogue.EXERCISES.items()
+              if exercise.number < 10]
+    assert sorted(named) == sorted([*upto_9, "bug_4", "bug_5"])
+    for file in (FOLDER / "README.md", FOLDER / "problem_set.md"):
+        for link in re.findall(r"\]\(([^)#]+)", file.read_text()):
+            assert (FOLDER / link).exists(), f"{file.name}: {link}"
+
+
+def test_the_problems_on_paper_have_the_answers_that_they_hint_at():
+    """Problem 4: one pair more for k = 3. Problem 9: t = 1/2, weight (7/16)^2; no weight at s = u.
+    """
+    quality = torch.tensor([[float(x) for x in row] for row in re.findall(
+        r"^\| \d \| (\.\d+) \| (\.\d+) \|$", PROBLEMS, re.M)])
+    assert pairs(quality, 2) == [(0, 0), (2, 1), (3, 0)]
+    assert pairs(quality, 3) == [(0, 0), (1, 0), (2, 1), (3, 0)]
+    query_idx, gt_idx = matcher.one_to_one(-quality)
+    assert list(zip(query_idx.tolist(), gt_idx.tolist())) == [(0, 0), (2, 1)]
+    s = torch.tensor([1 / 16, 1 / 16], dtype=torch.float64)
+    t = tal_loss.aligned_target(s, torch.tensor([1, 1 / 16], dtype=torch.float64))
+    torch.testing.assert_close(t, torch.tensor([1 / 2, 1 / 16], dtype=torch.float64))
+    torch.testing.assert_close((t - s) ** 2, torch.tensor([49 / 256, 0], dtype=torch.float64))
+
+
+def pairs(quality, k):
+    return list(zip(*(t.tolist() for t in matcher.one_to_many(quality, 0.4, k))))
 
 
 def test_a_mutant_replaces_one_place_and_still_runs():

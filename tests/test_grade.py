@@ -3,7 +3,6 @@
 Right answers are in tests/answers. A cheat that does something in the call then answers rightly, so
 that it would get the points if it were let.
 """
-import argparse
 import csv
 import pathlib
 import sys
@@ -13,12 +12,13 @@ import torch
 from torch.testing import assert_close
 
 from exercises import grade
-from exercises.grading import apart, bank, catalogue
+from exercises.grading import apart, bank, catalogue, messages, points
 
 ROOT = pathlib.Path(__file__).parents[1]
 ANSWERS = ROOT / "tests" / "answers"
-OPTIONS = argparse.Namespace(memory=512)
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or torch.cuda.is_available(),
+    reason="needs Linux; a process that has used a GPU cannot fork")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def at_the_root(monkeypatch):
 
 
 def graded(folder, target, total=99):
-    return grade.grade(folder, target, total, OPTIONS)
+    return points.grade(folder, target, total, memory_mb=512)
 
 
 # --- answers, gradients and errors come back as if the function ran here --------------------------
@@ -74,7 +74,7 @@ def test_a_function_apart_is_the_function(example):
     torch.ones(2, 1).double().expand(2, 3), torch.tensor([1.5], dtype=torch.bfloat16)],
     ids=["strided", "empty", "bool", "expanded", "bfloat16"])
 def test_a_message_keeps_its_tensors(tensor):
-    header, [found] = apart.decode(apart.encode({"a": 1}, [tensor]))
+    header, [found] = messages.decode(messages.encode({"a": 1}, [tensor]))
     assert header == {"a": 1}
     assert_close(found, tensor, atol=0, rtol=0)
 
@@ -87,15 +87,15 @@ LONG = [name for name in catalogue.EXERCISES if name not in QUICK]
                                             for name in LONG])
 def test_right_answers_get_all_points(target):
     """Each test that grades an exercise calls its function, so each can be a point."""
-    total = grade.numbers_of_tests([target])[target]
+    total = points.numbers_of_tests([target])[target]
     assert total >= 4 and graded(ANSWERS, target, total) == (total, total, "")
 
 
 def test_a_wrong_answer_gets_the_points_of_the_tests_that_it_passes(tmp_path):
     mutant = bank.one("matcher.match_quality", "negative logits go through")
     (tmp_path / "matcher.py").write_text("from detr_min import boxes\n" + mutant.source())
-    points, total, reason = graded(tmp_path, mutant.function, 6)
-    assert (points, total) == (5, 6)
+    passed, total, reason = graded(tmp_path, mutant.function, 6)
+    assert (passed, total) == (5, 6)
     assert reason == "Failed: DID NOT RAISE ValueError [test_quality_refuses_logits]"
 
 
@@ -120,9 +120,9 @@ CHEATS = {
                               "def match_quality(*a, **k): return torch.zeros(1, 1)\n",
                               "AssertionError"),
     "patches pytest and the grader": (
-        "import pytest, torch\nfrom exercises import grade\nfrom exercises.grading import apart\n"
-        "pytest.main = grade.run = grade.grade = lambda *a, **k: (6, 6, '')\n"
-        "apart.Apart.receive = apart.encode = lambda *a, **k: b''\n"
+        "import pytest, torch\nfrom exercises.grading import apart, messages, points\n"
+        "pytest.main = points.run = points.grade = lambda *a, **k: (6, 6, '')\n"
+        "apart.Apart.receive = messages.encode = lambda *a, **k: b''\n"
         "def match_quality(*a, **k): return torch.zeros(1, 1)\n", "no answer"),
     "is equal to everything": (
         "import torch\nclass Same(torch.Tensor):\n    def __eq__(self, other): return True\n"
@@ -153,8 +153,8 @@ def test_a_cheat_gets_no_point(tmp_path, monkeypatch, cheat):
     source, says = CHEATS[cheat]
     monkeypatch.setattr(apart, "SECONDS", 1 if "loops" in cheat else 20)
     (tmp_path / "matcher.py").write_text(source)
-    points, total, reason = graded(tmp_path, "matcher.match_quality", 6)
-    assert points == 0 and says in reason, reason
+    passed, _, reason = graded(tmp_path, "matcher.match_quality", 6)
+    assert passed == 0 and says in reason, reason
 
 
 # --- a class --------------------------------------------------------------------------------------

@@ -1,109 +1,27 @@
 """A student's function in a process of its own: inputs go there, outputs and gradients come back.
 
-The tests and their verdict stay here, where no line of the hand-in runs. The process can answer
-with tensors and plain values, and with nothing else: what it sends is never unpickled.
+The tests and their verdict stay here, where no line of the hand-in runs. It answers with
+tensors and plain values, as in messages.py.
 """
 import builtins
 import collections
 import io
-import json
-import math
 import multiprocessing
-import pickle
-import types
 
 import pytest
 import torch
 
-from detr_min import boxes
-from exercises.grading import catalogue, handin, limits
+from exercises.grading import catalogue, handin, limits, messages
 
 FORK = multiprocessing.get_context("fork")          # torch is loaded already, and nothing is copied
 SECONDS, MEMORY_MB, STARTS = 20, 1024, 3        # for an answer; beyond torch's own; of the process
 LONGEST = 2 ** 28                               # bytes of an answer
 KEPT_CALLS = 1000                               # whose gradients can still be asked for
-DTYPES = {str(dtype)[6:]: dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-    torch.int16, torch.int8, torch.uint8, torch.bool)}
-NAMED = {"Predictions": boxes.Predictions}
 ERRORS = {name: kind for name, kind in vars(builtins).items()
           if isinstance(kind, type) and issubclass(kind, Exception)}
 
 
-# ---- messages: a header in JSON, then the bytes of its tensors -----------------------------------
-
-def encode(header, tensors):
-    rows = [(str(t.dtype)[6:], list(t.shape)) for t in tensors]
-    text = json.dumps({**header, "tensors": rows}).encode()
-    parts = [t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
-             .numpy().tobytes() for t in tensors]
-    return b"".join([len(text).to_bytes(8, "big"), text, *parts])
-
-
-def decode(message):
-    """-> header, tensors; any error if it is no message"""
-    start = 8 + int.from_bytes(message[:8], "big")
-    header, tensors = json.loads(message[8:start]), []
-    for name, shape in header.pop("tensors"):
-        end = start + math.prod(shape) * DTYPES[name].itemsize
-        part = bytearray(message[start:end])
-        tensors.append(torch.frombuffer(part, dtype=DTYPES[name]).reshape(shape) if part else
-                       torch.empty(shape, dtype=DTYPES[name]))
-        start = end
-    return header, tensors
-
-
-def take_apart(thing, tensors):
-    """An answer as [kind, content] for JSON; its tensors are appended to a list."""
-    if isinstance(thing, torch.Tensor):
-        tensors.append(thing)
-        return ["tensor", len(tensors) - 1]
-    if isinstance(thing, (tuple, list, types.GeneratorType)):
-        kind = type(thing).__name__ if type(thing).__name__ in NAMED else (
-            "tuple" if isinstance(thing, tuple) else "list")
-        return [kind, [take_apart(part, tensors) for part in thing]]
-    if isinstance(thing, dict):
-        return ["dict", [[str(key), take_apart(part, tensors)] for key, part in thing.items()]]
-    if thing is None or isinstance(thing, (bool, int, float, str)):
-        return ["value", thing]
-    raise TypeError(f"returned a {type(thing).__name__}, where tensors are wanted")
-
-
-def put_together(row, tensors):
-    kind, content = row
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "value":
-        return content
-    if kind == "dict":
-        return {key: put_together(part, tensors) for key, part in content}
-    parts = [put_together(part, tensors) for part in content]
-    return NAMED[kind](*parts) if kind in NAMED else tuple(parts) if kind == "tuple" else parts
-
-
-class Pickler(pickle.Pickler):
-    """Arguments without their tensors, which are listed: modules keep their structure."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.tensors, self.places = [], {}
-
-    def persistent_id(self, thing):
-        if not isinstance(thing, torch.Tensor):
-            return None
-        if id(thing) not in self.places:
-            self.places[id(thing)] = len(self.tensors)
-            self.tensors.append(thing)
-        return self.places[id(thing)]
-
-
 # ---- there: the process of the hand-in -----------------------------------------------------------
-
-class Unpickler(pickle.Unpickler):
-    def __init__(self, file, tensors):
-        super().__init__(file)
-        self.persistent_load = tensors.__getitem__
-
 
 def serve(connection, path, text, function, memory_mb):
     """Run the student's file, then answer until the connection is closed."""
@@ -116,17 +34,17 @@ def serve(connection, path, text, function, memory_mb):
         ready = {"ready": True}
     except BaseException as error:
         ready = {"refused": str(error)}
-    connection.send_bytes(encode(ready, []))
+    connection.send_bytes(messages.encode(ready, []))
     calls = collections.OrderedDict()
     while True:
-        header, tensors = decode(connection.recv_bytes())
+        header, tensors = messages.decode(connection.recv_bytes())
         try:
-            reply = encode(*(gradients if "of" in header else evaluate)(
+            reply = messages.encode(*(gradients if "of" in header else evaluate)(
                 yours, calls, header, tensors))
         except BaseException as error:
             where = handin.line_of(path, error)
             text = str(error)[:2000] + f" ({path.name}, line {where})" * (where != "?")
-            reply = encode({"error": type(error).__name__, "text": text}, [])
+            reply = messages.encode({"error": type(error).__name__, "text": text}, [])
         connection.send_bytes(reply)
 
 
@@ -136,10 +54,10 @@ def evaluate(yours, calls, header, tensors):
         if kind == "parameter":
             tensors[place] = torch.nn.Parameter(tensors[place])
         tensors[place].requires_grad_(kind != "constant")
-    args, kwargs = Unpickler(io.BytesIO(frame.numpy().tobytes()), tensors).load()
+    args, kwargs = messages.Unpickler(io.BytesIO(frame.numpy().tobytes()), tensors).load()
     before, found = [t._version for t in tensors], []
     with torch.set_grad_enabled(header["grad"]):
-        row = take_apart(yours(*args, **kwargs), found)
+        row = messages.take_apart(yours(*args, **kwargs), found)
     edited = [place for place, t in enumerate(tensors) if t._version != before[place]]
     calls[header["call"]] = tensors, found
     if len(calls) > KEPT_CALLS:
@@ -229,7 +147,7 @@ class Apart:
         except OSError:
             raise self.gone(f"an answer of more than {LONGEST} bytes") from None
         try:
-            return decode(message)
+            return messages.decode(message)
         except Exception as error:
             raise self.gone(f"what it sent is no answer: {type(error).__name__}") from None
 
@@ -240,7 +158,7 @@ class Apart:
                 raise Gone(self.reason)
             self.start()
         try:
-            self.connection.send_bytes(encode(header, tensors))
+            self.connection.send_bytes(messages.encode(header, tensors))
         except OSError:
             pass                                    # it has ended; receive says how
         reply, found = self.receive()
@@ -250,7 +168,7 @@ class Apart:
         return reply, found
 
     def __call__(self, *args, **kwargs):
-        pickler = Pickler(file := io.BytesIO())
+        pickler = messages.Pickler(file := io.BytesIO())
         pickler.dump((args, kwargs))
         inputs, self.calls = pickler.tensors, self.calls + 1
         kinds = ["constant" if not t.requires_grad else "parameter" if
@@ -265,7 +183,7 @@ class Apart:
                     inputs[place].copy_(new)
             if any(reply["grads"]):
                 outputs = Answer.apply(self, self.calls, outputs, reply["grads"], *inputs)
-            return put_together(reply["answer"], outputs)
+            return messages.put_together(reply["answer"], outputs)
         except Exception as error:
             raise self.gone(f"what it sent is no answer: {type(error).__name__}") from None
 
