@@ -24,10 +24,11 @@ def cell_centres(spatial_shapes, valid_ratios):
     """
     centres = []
     for level, (h, w) in enumerate(spatial_shapes):
-        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / h
-        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / w
+        y = torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
+        x = torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)    # (h*w, 2)
-        centres.append(grid / valid_ratios[:, level, None])                           # (B, h*w, 2)
+        cells = (valid_ratios[:, level, None] * x.new_tensor([w, h])).round()           # (B, 1, 2)
+        centres.append(grid / cells)                                                  # (B, h*w, 2)
     return torch.cat(centres, dim=1)
 
 

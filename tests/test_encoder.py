@@ -23,14 +23,23 @@ def padding(features, h, w, sizes):
 
 
 def test_cell_centres_worked_by_hand():
-    # level 0 of 2 x 3 cells, then 1 x 2; (x, y), row after row
-    whole = torch.tensor([[1 / 6, 1 / 4], [3 / 6, 1 / 4], [5 / 6, 1 / 4],
-                          [1 / 6, 3 / 4], [3 / 6, 3 / 4], [5 / 6, 3 / 4],
+    # level 0 of 2 x 4 cells, then 1 x 2; (x, y), row after row
+    whole = torch.tensor([[1 / 8, 1 / 4], [3 / 8, 1 / 4], [5 / 8, 1 / 4], [7 / 8, 1 / 4],
+                          [1 / 8, 3 / 4], [3 / 8, 3 / 4], [5 / 8, 3 / 4], [7 / 8, 3 / 4],
                           [1 / 4, 1 / 2], [3 / 4, 1 / 2]])
     # image 1 fills half of the columns of both levels, half the rows of level 0, all of level 1's
     ratios = torch.tensor([[[1., 1.], [1., 1.]], [[.5, .5], [.5, 1.]]])
-    part = torch.cat([whole[:6] * 2, whole[6:] * torch.tensor([2., 1.])])   # beyond 1 on padding
-    assert_close(encoder.cell_centres([(2, 3), (1, 2)], ratios), torch.stack([whole, part]))
+    part = torch.cat([whole[:8] * 2, whole[8:] * torch.tensor([2., 1.])])   # beyond 1 on padding
+    assert_close(encoder.cell_centres([(2, 4), (1, 2)], ratios), torch.stack([whole, part]))
+
+
+def test_padding_moves_no_centre():
+    """Not by a bit: of 50 cells the first lies at .01, the bound of two-stage anchors."""
+    alone = encoder.cell_centres([(1, 50)], torch.ones(1, 1, 2))
+    for width in range(51, 130):
+        share = (torch.arange(width) < 50).float().mean()
+        padded = encoder.cell_centres([(1, width)], torch.tensor([[[share, 1.]]]))
+        assert_close(padded[:, :50], alone, atol=0, rtol=0)
 
 
 def test_cells_are_measured_on_the_image():
