@@ -52,14 +52,15 @@ def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
     assert checkpoints.read(tmp_path / "run")["progress"]["saved"] == 3
 
 
-@pytest.mark.parametrize("said, meaning", [
-    ("DataLoader worker (pid 5) is killed by signal: Killed. ", "reads pictures was killed"),
-    ("[pair.cc:1] Connection closed by peer [127.0.0.1]", "another process of this run has ended")])
-def test_a_process_that_is_gone_is_named(said, meaning, tmp_path):
+@pytest.mark.parametrize("error, meaning", [
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "reads pictures was"),
+    (EOFError(), "reads pictures was"), (ConnectionResetError(104, "reset"), "reads pictures was"),
+    (RuntimeError("[pair.cc:1] Connection closed by peer [::1]"), "another process of this run")])
+def test_a_process_that_is_gone_is_named(error, meaning, tmp_path):
     run = saved(tmp_path / "run", step=2)
     with pytest.raises(OSError, match=f"{meaning}.*; step 2 is the last one saved in .*--resume"):
         with run.saved_named():
-            raise RuntimeError(said)
+            raise error
     with pytest.raises(RuntimeError, match="^a defect$"):
         with run.saved_named():
             raise RuntimeError("a defect")

@@ -19,8 +19,10 @@ from ..data import batches, dataset
 from . import checkpoints, config, draw, evaluate, logfile, processes
 
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
-ENDED = {               # what torch says when another process is gone -> what that means
-    "DataLoader worker (pid": "a process that reads pictures was killed; is the memory full?",
+READER = "a process that reads pictures was killed; is the memory full?"
+ENDED = {               # what is said when another process is gone -> what that means
+    "DataLoader worker (pid": READER, "EOFError": READER, "ConnectionResetError": READER,
+    "ConnectionRefusedError": READER,
     "Connection closed by peer": "another process of this run has ended",
     "Connection reset by peer": "another process of this run has ended"}
 NOT_FINITE = "the loss or its gradient is not finite: a lower --lr may help"
@@ -83,13 +85,14 @@ class Run:
         """Say of a full disk, or of a process that is gone, what is saved."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
-            said = [text for words, text in ENDED.items() if words in str(error)]
-            if isinstance(error, RuntimeError) and not said:
+        except (OSError, RuntimeError, EOFError) as error:
+            text = f"{type(error).__name__}: {error}"
+            ended = next((ENDED[words] for words in ENDED if words in text), "")
+            if isinstance(error, RuntimeError) and not ended:
                 raise
             step, out = self.progress["saved"], self.cfg.out
             how = f"go on with --resume {out}" if step else "begin anew"
-            raise OSError(f"{''.join(said) or what_is_said(error)}; step {step} is the last one "
+            raise OSError(f"{ended or what_is_said(error)}; step {step} is the last one "
                           f"saved in {out}: {how}") from error
 
     def write_log(self, step, lr):
