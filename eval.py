@@ -130,7 +130,7 @@ def write_pages(detector, args, out):
                  for name, picture in readable(args.explore))
     for name, stem, image, target in pages:
         out.mkdir(parents=True, exist_ok=True)
-        explore.write(detector, image, name, out / f"{stem}.html", target)
+        explore.write(detector.model, image, name, out / f"{stem}.html", target)
         print(out / f"{stem}.html")
 
 

@@ -5,12 +5,16 @@
     python docs/pictures.py                                 # these runs -> docs/pictures/*.png
     python docs/pictures.py --run DAC PLAIN SD_DETR         # of other folders
 
-Two pictures need no run, and are drawn in any case. Every number in a title is measured here.
+Two pictures need no run, and are drawn in any case; one needs Chromium, and is left out without.
+Every number in a title is measured here.
 """
 import argparse
 import copy
 import pathlib
+import shutil
+import subprocess
 import sys
+import tempfile
 
 import torch
 from matplotlib.figure import Figure
@@ -22,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from detr_min import attention, boxes, criterion, matcher, tal_loss  # noqa: E402
 from detr_min.data import transforms  # noqa: E402
-from detr_min.run import checkpoints, draw, evaluate, looks, sets  # noqa: E402
+from detr_min.run import checkpoints, draw, evaluate, explore, looks, sets  # noqa: E402
 
 WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
@@ -420,6 +424,22 @@ def aligned_targets(out_png):
     return save(figure, out_png)
 
 
+def explorer(model, dataset, out_png, chromium, index=5, view="decoder=c"):
+    """(g) The page of `python eval.py RUN --explore 6`, as a browser shows it."""
+    image, target = dataset[index]
+    with tempfile.TemporaryDirectory() as folder:
+        page, png = (pathlib.Path(folder) / name for name in ("page.html", "page.png"))
+        explore.write(model, image, f"image {target.image_id}", page, target)
+        subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu",
+                        "--hide-scrollbars", f"--user-data-dir={folder}/profile",
+                        f"--screenshot={png}", "--window-size=1280,900",
+                        "--force-device-scale-factor=1.25", f"{page.as_uri()}#{view}"],
+                       check=True, capture_output=True, timeout=120)
+        with Image.open(png) as file:                   # octree keeps the few pixels of a colour
+            picture = file.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+        picture.save(out_png, optimize=True)
+
+
 def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -444,6 +464,9 @@ def main(argv=None):
         layers_of_a_query(*found["dac"], out / "layers.png")
         gathering(*found["dac"], out / "gathering.png")
         assignments(*found["dac"], out / "assignments.png")
+        chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+        if chromium:
+            explorer(*found["dac"], out / "explorer.png", chromium)
     if {"conditional", "decoupled"} <= found.keys():
         (plain, dataset), (decoupled, _) = found["conditional"], found["decoupled"]
         branches(plain, decoupled, dataset, out / "branches.png")

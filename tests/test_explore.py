@@ -3,38 +3,42 @@
 The browser is driven through its DevTools protocol over two pipes, which needs no other package.
 """
 import base64
+import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import f64
+from PIL import Image
 
 from detr_min import attention, boxes, criterion, matcher, tal_loss
 from detr_min.data import dataset, transforms
 from detr_min.run import config, explore, predictor, registry
 
+ROOT = pathlib.Path(__file__).parent.parent
 MODELS = {"dac": ("shapes", "dac"), "decoupled": ("shapes", "decoupled"),
           "conditional": ("shapes_conditional", "conditional"), "sd": ("shapes_sd", "decoupled")}
 
 
-def detector_of(kind, names=("ellipse", "rectangle", "triangle", "diamond")):
-    """A small random detector whose scores differ and whose boxes move from layer to layer."""
-    preset, model = MODELS[kind]
+def model_of(kind, names=("ellipse", "rectangle", "triangle", "diamond")):
+    """A small random Detector whose scores differ and whose boxes move from layer to layer."""
+    preset, decoder = MODELS[kind]
     torch.manual_seed(0)
-    cfg = config.preset(preset, model=model, d_model=32, num_heads=4, num_points=2, d_ffn=32,
+    cfg = config.preset(preset, model=decoder, d_model=32, num_heads=4, num_points=2, d_ffn=32,
                         decoder_layers=2, num_queries=12)
-    detector = registry.build(cfg).eval()
-    for name, parameter in detector.decoder.named_parameters():
+    model = registry.build(cfg).eval()
+    for name, parameter in model.decoder.named_parameters():
         if "class_head" in name or "box_head" in name or "attention_weights" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return SimpleNamespace(model=detector, config=cfg, names=list(names))
+    model.config, model.categories = cfg, [{"id": i, "name": n} for i, n in enumerate(names)]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def tensors(data, layer):
 @pytest.mark.parametrize("kind", MODELS)
 def test_numbers_are_those_of_the_model_in_every_layer(kind, shape):
     image, target = shape
-    model = detector_of(kind).model
+    model = model_of(kind)
     found = explore.numbers(model, image, target)
     is_pad = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
     with torch.no_grad():
@@ -85,7 +89,7 @@ def test_numbers_are_those_of_the_model_in_every_layer(kind, shape):
 
 def test_sampling_points_are_those_of_each_layer_heaviest_first(shape, monkeypatch):
     """Against a spy on `look`: layer 1 and 2 of the O-Decoder, then of the C-Decoder."""
-    model, seen, look = detector_of("dac").model, [], attention.DeformableAttention.look
+    model, seen, look = model_of("dac"), [], attention.DeformableAttention.look
     inside = set(model.decoder.modules())
 
     def spy(module, *args):
@@ -111,7 +115,7 @@ def test_sampling_points_are_those_of_each_layer_heaviest_first(shape, monkeypat
 
 
 def test_maps_are_in_percent_of_their_largest_cell(shape):
-    found = explore.numbers(detector_of("sd").model, *shape)
+    found = explore.numbers(model_of("sd"), *shape)
     for layer in found["o"]:
         assert list(layer["looks"]) == ["cls", "loc"]
         for look in layer["looks"].values():
@@ -132,7 +136,7 @@ def test_near_by_hand(shape):
 
 
 def test_a_large_page_keeps_all_boxes_and_fewer_looks(shape, monkeypatch):
-    model = detector_of("dac").model
+    model = model_of("dac")
     whole = explore.numbers(model, *shape)
     monkeypatch.setattr(explore, "LOOKS", 1)
     found = explore.numbers(model, *shape)
@@ -145,7 +149,7 @@ def test_a_large_page_keeps_all_boxes_and_fewer_looks(shape, monkeypatch):
 def test_a_picture_without_objects(objects, shape, tmp_path):
     image, target = shape
     target = target._replace(labels=target.labels[:0], boxes=target.boxes[:0])
-    explore.write(detector_of("dac"), image, "a.jpg", tmp_path / "a.html",
+    explore.write(model_of("dac"), image, "a.jpg", tmp_path / "a.html",
                   None if objects is None else target)
     data = of(tmp_path / "a.html")
     assert data["objects"] == (None if objects is None else [])
@@ -153,17 +157,17 @@ def test_a_picture_without_objects(objects, shape, tmp_path):
 
 
 def test_answers_that_are_not_finite_are_told(shape):
-    detector = detector_of("dac")
-    detector.model.decoder.class_heads[0].bias.data.fill_(float("nan"))
+    model = model_of("dac")
+    model.decoder.class_heads[0].bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        explore.numbers(detector.model, shape[0])
-    assert not any(module._forward_hooks for module in detector.model.modules())
+        explore.numbers(model, shape[0])
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_page_is_one_file_that_asks_for_nothing(shape, tmp_path):
     """Names that would end the script are data, and the template is short enough to read."""
     names = ["</script><script>alert(1)</script>", "<!--<script>", '"DATA"', "a & b"]
-    explore.write(detector_of("dac", names), shape[0], "<img src=x>.jpg", tmp_path / "a.html")
+    explore.write(model_of("dac", names), shape[0], "<img src=x>.jpg", tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 2 and "<!--" not in text
     assert of(tmp_path / "a.html")["classes"] == names
@@ -181,6 +185,7 @@ class Browser:
     """Headless Chromium, spoken to in json messages that end in a zero byte."""
 
     def __init__(self, program, profile):
+        self.program = program
         commands, self.writer = os.pipe()
         self.reader, answers = os.pipe()
         self.process = subprocess.Popen(
@@ -270,12 +275,12 @@ def pages(tmp_path_factory, shape):
     """A page for each model, with objects close to boxes that it predicts."""
     folder = tmp_path_factory.mktemp("pages")
     for kind in MODELS:
-        detector = detector_of(kind)
+        model = model_of(kind)
         first, second = [f64(*layer["boxes"]).float()[::4]
-                          for layer in explore.numbers(detector.model, shape[0])["o"]]
+                          for layer in explore.numbers(model, shape[0])["o"]]
         target = shape[1]._replace(boxes=torch.cat([first, second * f64(1, 1, 0.8, 0.9).float()]),
                                    labels=torch.tensor([0, 1, 2, 3, 0, 1]))
-        explore.write(detector, shape[0], f"{kind}.jpg", folder / f"{kind}.html", target)
+        explore.write(model, shape[0], f"{kind}.jpg", folder / f"{kind}.html", target)
     return folder
 
 
@@ -450,7 +455,7 @@ def test_a_page_fits_says_what_it_shows_and_asks_for_nothing(kind, width, scheme
 def test_names_are_shown_as_text(shape, tmp_path, browser):
     """Classes and a file whose names are HTML; the picture is the image that the network saw."""
     names = ["</script><b>x</b>", "<img src=x onerror=alert(1)>", "a & b", "'\"`"]
-    explore.write(detector_of("dac", names), shape[0], "<u>.jpg", tmp_path / "a.html", shape[1])
+    explore.write(model_of("dac", names), shape[0], "<u>.jpg", tmp_path / "a.html", shape[1])
     browser.open(tmp_path / "a.html")
     assert browser.js("document.querySelectorAll('img, u, #pairs b').length") == 0
     shown = browser.js("$('pairs').innerText + $('source').innerText")
@@ -459,3 +464,17 @@ def test_names_are_shown_as_text(shape, tmp_path, browser):
     (tmp_path / "a.png").write_bytes(base64.b64decode(
         of(tmp_path / "a.html")["picture"]["src"].split(",")[1]))
     assert (predictor.read(tmp_path / "a.png") == transforms.denormalise(shape[0])).all()
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_documentation_is_made_by_the_browser(tmp_path, browser, shape):
+    """1600 px wide, and it shows the colours of the objects and the chosen button."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    spec.loader.exec_module(pictures := importlib.util.module_from_spec(spec))
+    pictures.explorer(model_of("dac"), [shape], tmp_path / "a.png", browser.program, index=0)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG" and picture.width == 1600
+        colours = {colour for count, colour in picture.convert("RGB").getcolors(2 ** 16)
+                   if count > 200}
+    for wanted in ((255, 255, 255), (0x0b, 0x5c, 0xad), (0xff, 0xb0, 0x00)):
+        assert any(max(abs(a - b) for a, b in zip(colour, wanted)) < 16 for colour in colours)

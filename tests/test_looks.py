@@ -76,7 +76,7 @@ def test_points_are_placed_on_the_image_without_its_padding():
 
 
 def test_a_map_is_the_mean_of_the_heads_on_the_image_alone():
-    """Of 8 x 12 cells 8 x 8 are image; a row of the map sums to 1 there, and softmax gives it."""
+    """8 x 8 cells are image; a row of the map sums to 1 there, and softmax gives it."""
     detector, (image, is_pad) = tiny("conditional", "shapes_conditional").eval(), a_picture()
     image[:, :, 64:], is_pad[:, 64:] = 0, True
     module, args = looks.last_calls(detector, image, is_pad)[2][""]
@@ -87,7 +87,7 @@ def test_a_map_is_the_mean_of_the_heads_on_the_image_alone():
         q, k = (x[0] for x in module.queries_and_keys(*args))           # (H, N, d), (H, S, d)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         scores[..., args[-1].is_pad[0]] = -float("inf")
-        expected = scores.softmax(-1).mean(0).unflatten(-1, (8, 12))[..., :8]
+        expected = scores.softmax(-1).mean(0).unflatten(-1, args[-1].spatial_shapes[0])[..., :8]
     torch.testing.assert_close(found, expected)
 
 

@@ -19,7 +19,7 @@ from . import evaluate, looks
 TEMPLATE = pathlib.Path(__file__).with_name("explorer.html")
 LONGEST = 1000          # pixels of the picture's long side, at most
 TOP = 3                 # best classes that are kept of each query in each layer
-LOOKS = 700_000         # characters for sampling points or maps; with them most queries go without
+LOOKS = 600_000         # characters for sampling points or maps; with them most queries go without
 PARTS = 1000, 10_000    # positions are stored in 1/1000 of the image, weights in 1/10000
 
 
@@ -68,13 +68,14 @@ def look(call, chosen):
         the image; or {"cells": [[...]], in percent of the largest; "largest": [weight of it];
         "grid": [h, w]}
     """
-    module, args = call
+    module, (*of_queries, memory) = call
+    args = *(t[:, chosen] for t in of_queries), memory      # here no query depends on another
     if isinstance(module, attention.DeformableAttention):
-        _, points, weights = (t[chosen] for t in looks.sampling_points(module, *args))
+        _, points, weights = looks.sampling_points(module, *args)
         order = weights.argsort(dim=1, descending=True)
         numbers = torch.cat([points * PARTS[0], weights[..., None] * PARTS[1]], dim=-1)
         return {"points": numbers.round().long().take_along_dim(order[..., None], 1).tolist()}
-    cells = looks.attention_map(module, *args)[chosen]                              # (n, h, w)
+    cells = looks.attention_map(module, *args)                                      # (n, h, w)
     largest = cells.flatten(1).amax(1)
     percent = (100 * cells / largest[:, None, None]).round().long()
     return {"cells": percent.flatten(1).tolist(), "largest": rounded(largest, 5),
@@ -164,19 +165,20 @@ def numbers(model, image, target=None):
     return found
 
 
-def write(detector, image, name, out_html, target=None):
+def write(model, image, name, out_html, target=None):
     """Write the page of one image: one file, which needs nothing else.
 
     Args:
-        detector  a predictor.Predictor
-        image     (3, h, w)  normalised as ImageNet's
-        name      of the picture, as people know it
-        target    a dataset.Target, or None
+        model   a trained Detector, of checkpoints.load_model
+        image   (3, h, w)  normalised as ImageNet's
+        name    of the picture, as people know it
+        target  a dataset.Target, or None
     """
-    cfg, (h, w) = detector.config, image.shape[-2:]
+    cfg, (h, w) = model.config, image.shape[-2:]
     data = {"name": name, "model": cfg.model, "base": cfg.recipe.base, "loss": cfg.loss,
-            "classes": detector.names, "picture": {"w": w, "h": h, "src": as_png_or_jpeg(image)},
-            "parts": PARTS, "defaults": defaults(), **numbers(detector.model, image, target)}
+            "classes": [category["name"] for category in model.categories], "parts": PARTS,
+            "picture": {"w": w, "h": h, "src": as_png_or_jpeg(image)}, "defaults": defaults(),
+            **numbers(model, image, target)}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace('"DATA"', text)
     pathlib.Path(out_html).write_text(page, encoding="utf-8")
