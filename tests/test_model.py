@@ -168,6 +168,30 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(base, name, quer
             assert_close(found[i:i + 1], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, changes", [
+    ("paper_r50", dict(model="deformable", queries="learned", dn_number=0)),
+    ("paper_conditional_r50", {}), ("paper_conditional_dc5", {})])
+@torch.no_grad()
+def test_published_models_read_padding_but_little(preset, changes):
+    """docs/troubleshooting.md: less than 0.01 of a score, 1 % of a box, with random weights."""
+    torch.manual_seed(0)
+    detector = registry.build(config.preset(preset, num_queries=100, **changes)).eval()
+    for part in detector.backbone.modules():
+        if hasattr(part, "running_var"):            # a norm whose shift makes padding nonzero
+            part.running_var.copy_(.5 + torch.rand_like(part.running_var))
+            part.bias.copy_(.3 * torch.randn_like(part.bias))
+            part.running_mean.copy_(.3 * torch.randn_like(part.running_mean))
+    for parameter in detector.decoder.parameters():
+        parameter += .02 * torch.randn_like(parameter)
+    images, is_pad = torch.zeros(1, 3, 448, 448), torch.ones(1, 448, 448, dtype=torch.bool)
+    images[:, :, :256, :320], is_pad[:, :256, :320] = torch.randn(1, 3, 256, 320), False
+    padded = detector(images, is_pad).o_decoder[-1]
+    alone = detector(images[:, :, :256, :320], is_pad[:, :256, :320]).o_decoder[-1]
+    assert 1e-3 < (padded.logits.sigmoid() - alone.logits.sigmoid()).abs().max() < 1e-2
+    assert 1e-3 < (padded.boxes - alone.boxes).abs().max() < 1e-2
+
+
 # --- traced ---------------------------------------------------------------------------------------
 
 VARIANTS = [("deformable", "dac", "two_stage"), *(
