@@ -293,7 +293,8 @@ def test_pairs_follow_the_sliders_as_the_matcher_says(kind, pages, browser):
     for number, layer in enumerate(data.get("c", data["o"]), start=1):
         browser.js(f"document.querySelector('[data-step=o{number}]').click()")
         for a, b, threshold, k in [(.3, .7, .4, 6), (1, 1, .4, 6), (0, 1, .1, 3), (1, 0, .3, 12),
-                                   (.5, .25, .2, 1), (.1, .9, 0, 2), (.3, .7, 2, 6)]:
+                                   (.5, .25, .2, 1), (.1, .9, 0, 2), (.3, .7, 2, 6),
+                                   *((.3, .7, part / 20, 12) for part in range(4, 18))]:
             browser.slide(class_weight=a, iou_weight=b, threshold=threshold, k=k)
             quality = matcher.match_quality(*tensors(data, layer), a, b)
             found = browser.js("matchQuality(layerOf(data.c ? 'c' : 'o'), chosen.class_weight,"
