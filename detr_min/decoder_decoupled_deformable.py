@@ -160,7 +160,7 @@ def level_of(ref_boxes, memory):
     h, w = memory.spatial_shapes[0]
     size = memory.valid_ratios[:, None, 0] * ref_boxes.new_tensor([w, h])                # (B, 1, 2)
     cells = ref_boxes[..., 2:] * size.round()                                            # (B, N, 2)
-    level = (cells.prod(-1).sqrt() / 14).clamp(min=1e-6).log2().floor()
+    level = (cells.prod(-1).sqrt() / 14).log2().floor()
     return level.clamp(0, len(memory.spatial_shapes) - 1).long()
 
 

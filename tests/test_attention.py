@@ -173,6 +173,16 @@ def test_neighbours_beyond_the_map():
     assert_close(row, torch.tensor([[.5, 0, 0], [.25, 0, 0], [0, 0, .75]] + [[0, 0, 0]] * 4))
 
 
+def test_a_position_that_is_no_number_reads_cells_of_the_map_and_no_number_of_them():
+    """In C++ the integer of NaN may be any: rows beyond the table would be read."""
+    for cell, share in attention.neighbours(torch.tensor([math.nan]), torch.tensor(3)):
+        assert 0 <= cell.item() < 3 and share.isnan().all()
+    value, locations, weights = (x.float() for x in random_inputs())
+    locations[0, 2] = math.nan
+    out = attention.ms_deform_attn(value, SHAPES, locations, weights)
+    assert out[0, 2].isnan().all() and out.isnan().any(-1).sum() == 1
+
+
 def test_neighbours_by_definition():
     """A cell's share is 1 - its distance, if that is positive; its slope is 1 up and 1 down."""
     position = 3 * random(50, seed=3) + 2

@@ -125,6 +125,15 @@ def test_a_blocked_pair_is_blocked_for_both_tasks(decoder):
             f"tokens that stay when token {nudged} moves; all moved by {change.tolist()}")
 
 
+@pytest.mark.parametrize("kind", [decoupled.DecoupledDecoder, decoupled.SplitDecoder])
+def test_queries_that_may_look_at_themselves_alone_are_alone_in_every_layer(kind, generator):
+    """[SD Eq. 2-3]  is_blocked reaches each self-attention: what happens to query 0 stays there."""
+    alone = some_queries()._replace(is_blocked=~torch.eye(N, dtype=torch.bool))
+    run = shaken(kind(**SIZES), generator).o_decoder
+    for changes in helpers.nudge_query_0(run, alone, a_memory()):
+        assert changes[0] > 1e-4 and (changes[1:] == 0).all(), changes
+
+
 @pytest.mark.parametrize("run", ["o_decoder", "c_decoder"])
 def test_permuting_the_pairs_permutes_the_answers(decoder, run):
     """[SD Eq. 3] (b)"""
@@ -246,6 +255,14 @@ def test_level_of_is_that_of_feature_pyramid_networks(generator):
     found = decoupled.level_of(ref_boxes[None], memory_of(levels))[0]
     assert_close(found, expected)
     assert found.unique().tolist() == [0, 1, 2]
+
+
+def test_level_of_by_hand():
+    """[Feature Pyramid Networks Eq. 1]  A side of 14 cells begins level 0, of 28 level 1, ..."""
+    memory = memory_of([torch.zeros(1, 1, side, side).double() for side in (256, 128, 64)])
+    sides = f64(0., 13.9, 27.9, 28.1, 55.9, 56.1, 111.9, 112.1, 256.) / 256  # 112: no level 3
+    ref_boxes = torch.stack([sides, sides, sides, sides], -1)[None]
+    assert decoupled.level_of(ref_boxes, memory)[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_region_features_are_roi_align_on_the_level_of_each_box(generator):

@@ -105,6 +105,15 @@ def test_mini_detector_by_definition():
     assert not net.box_head[-1].bias.grad.any()
 
 
+def test_cells_of_bad_anchors_are_not_read_on_the_image_either():
+    """Anchors of level 5 are 1.6 wide: their features count for nothing, as on padding."""
+    net, memory = randomise(proposals.MiniDetector(D, C)), a_memory(shapes=[(2, 2)] * 6, B=1)
+    found = net(memory)
+    other = memory._replace(tokens=torch.cat([memory.tokens[:, :20], memory.tokens[:, 20:] + 1], 1))
+    assert_close(net(other), found, atol=0, rtol=0)
+    assert not memory.is_pad.any() and len(found.logits[0, 20:].unique(dim=0)) == 1
+
+
 def proposals_with(logits):
     """Predictions whose logit 0 is given; a box tells the number of its cell."""
     B, S = logits.shape
