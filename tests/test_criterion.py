@@ -169,7 +169,7 @@ RULES = {"one_to_one": (matcher.match_cost, matcher.one_to_one),
 def test_objects_are_numbered_through_the_batch_and_judged_layers_decide(generator):
     """A loss that ranks the pairs of an object must not mix objects of two images."""
     layer, judged = random_layer(generator, B=3), random_layer(generator, B=3)
-    targets, seen = random_targets(generator, (2, 0, 3)), []
+    targets, seen = random_targets(generator, (3, 0, 2)), []
 
     def spy(layer, pairs):
         seen.append((layer, pairs))

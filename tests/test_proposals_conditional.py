@@ -88,7 +88,9 @@ def test_learned_points_are_placed_in_float32_under_autocast():
     memory = helpers.conditional_memory(D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = learned(memory)
-    assert_close(half.ref_points, learned(memory).ref_points, atol=0, rtol=0)
+    points = learned.reference(learned.pos).sigmoid()
+    assert_close(half.ref_points, points.expand(2, N, 2), atol=0, rtol=0)
+    assert_close(half.spatial[0], boxes.embed_points(half.ref_points, D), atol=0, rtol=0)
 
 
 def test_mini_detector_by_definition(generator):
