@@ -10,8 +10,7 @@ are per branch too, and each pair has one fixed reference.
 import torch
 from torch import nn
 
-from . import (attention_conditional, boxes, decoder_conditional, encoder_conditional,
-               proposals)
+from . import attention_conditional, boxes, decoder_conditional, encoder_conditional, proposals
 
 
 class Branch(nn.Module):

@@ -5,7 +5,6 @@ levels, and a reference box that the localization branch refines layer by layer.
 stand here too, `DACDecoupledDecoder`. Read `decoder_dac.py` and `decoder_decoupled.py` before.
 """
 import torch
-import torchvision.ops as ops
 from torch import nn
 
 from . import attention, boxes, decoder_base, encoder, proposals, query_gen
@@ -181,29 +180,13 @@ def region_features(memory, ref_boxes, size=7):
     features = memory.tokens.new_zeros(B * N, D, size, size)
     levels = memory.tokens.split([h * w for h, w in memory.spatial_shapes], dim=1)
     for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
-        here = (level == index).nonzero()[:, 0]
+        here = (level == index).nonzero()[:, 0]                                             # (P,)
         scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
-        scale = scale.round()                                                               # (B, 4)
-        in_cells = (boxes.to_xyxy(ref_boxes) * scale[:, None]).flatten(0, 1)[here]          # (P, 4)
-        rois = torch.cat([image[here, None].to(in_cells.dtype), in_cells], dim=1)           # (P, 5)
+        in_cells = boxes.to_xyxy(ref_boxes) * scale.round()[:, None]                     # (B, N, 4)
         maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
-        features = features.index_copy(0, here, roi_align(maps, rois, scale, size))
+        features = features.index_copy(0, here, query_gen.roi_align(
+            maps, image[here], in_cells.flatten(0, 1)[here], scale.round(), size))
     return features
-
-
-def roi_align(maps, rois, scale, size):
-    """Read rois (P, 5), sorted by image, from maps (B, D, h, w). -> (P, D, size, size)
-
-    Near the edge of a padded image RoIAlign would read its padding, so each is read alone, at its
-    scale, (B, 4): columns, rows, columns, rows. While torch.compile or torch.export trace, the
-    number of columns is unknown and padding is read.
-    """
-    if torch.compiler.is_compiling():
-        return ops.roi_align(maps, rois, size, aligned=True)
-    return torch.cat([
-        ops.roi_align(x[None, :, :rows, :columns], [rois[rois[:, 0] == image, 1:]], size,
-                      aligned=True)
-        for image, (x, (columns, rows, _, _)) in enumerate(zip(maps, scale.int().tolist()))])
 
 
 class TaskAwareQueries(nn.Module):
@@ -212,7 +195,7 @@ class TaskAwareQueries(nn.Module):
     [SD Eq. 4-5]. Anchors are the mini-detector's best boxes, without gradient. Gradients do pass
     through features and points, so the decoder's losses train the point predictors.
 
-    DEVIATION: the learned contents of TwoStageQueries are added to the points'. Content n
+    Differs: the learned contents of TwoStageQueries are added to the points'. Content n
     belongs to the n-th best anchor, so it tells queries their rank; without it two anchors on one
     object look alike, and a short training on synthetic shapes ends at a lower AP.
     """

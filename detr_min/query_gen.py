@@ -29,12 +29,30 @@ def region_features(memory, ref_boxes, size=7):
     maps = memory.tokens.transpose(1, 2).unflatten(-1, (h, w))                        # (B, D, h, w)
     scale = memory.valid_ratios[:, 0].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])     # (B, 4)
     in_cells = boxes.to_xyxy(ref_boxes) * scale.round()[:, None]                         # (B, N, 4)
-    in_cells = list(in_cells.to(maps.dtype))
-    if torch.compiler.is_compiling():                   # sizes are unknown: padding is read
-        return ops.roi_align(maps, in_cells, size, aligned=True)
-    return torch.cat([ops.roi_align(x[None, :, :rows, :columns], [corners], size, aligned=True)
-                      for x, corners, (columns, rows, _, _) in zip(
-                          maps, in_cells, scale.round().int().tolist())])   # padding is not read
+    B, N, _ = ref_boxes.shape
+    image = torch.arange(B, device=maps.device).repeat_interleave(N)                        # (B*N,)
+    return roi_align(maps, image, in_cells.flatten(0, 1), scale.round(), size)
+
+
+def roi_align(maps, image, in_cells, scale, size):
+    """Read boxes from maps with RoIAlign, image by image, so that none reads an image's padding.
+
+    Args:
+        maps      (B, D, h, w)
+        image     (P,)    whose box it is, ascending
+        in_cells  (P, 4)  xyxy, in cells
+        scale     (B, 4)  columns, rows, columns, rows of each image, in whole cells
+    Returns:
+        (P, D, size, size)
+    While torch.compile or torch.export trace, the images' sizes are unknown and padding is read.
+    """
+    in_cells = in_cells.to(maps.dtype)
+    if torch.compiler.is_compiling():
+        rois = torch.cat([image[:, None].to(maps.dtype), in_cells], dim=1)                  # (P, 5)
+        return ops.roi_align(maps, rois, size, aligned=True)
+    return torch.cat([
+        ops.roi_align(x[None, :, :rows, :columns], [in_cells[image == i]], size, aligned=True)
+        for i, (x, (columns, rows, _, _)) in enumerate(zip(maps, scale.int().tolist()))])
 
 
 class PointPredictor(nn.Module):

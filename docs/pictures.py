@@ -9,7 +9,6 @@ Two pictures need no run, and are drawn in any case; one needs Chromium, and is 
 Every number in a title is measured here.
 """
 import argparse
-import copy
 import pathlib
 import shutil
 import subprocess
@@ -195,18 +194,18 @@ def matched(logits, pred_boxes, target):
 def layers_of_a_query(model, dataset, out_png, index=4):
     """(b) Where the query of an image's largest object looks, layer by layer, and its answers."""
     image, target = dataset[index]
-    seen = []
-    for depth in range(1, len(model.decoder.layers) + 1):       # its last layer is layer `depth`
-        shallow = copy.deepcopy(model)
-        shallow.decoder.layers = shallow.decoder.layers[:depth]
-        seen.append(last_looks(shallow, image))
+    is_pad = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+    with looks.noted(model.decoder) as calls, evaluate.answering(model):
+        layers = model(image[None], is_pad).o_decoder
+    seen = [(logits[0], pred_boxes[0], looks.sampling_points(module, *args))
+            for (logits, pred_boxes), (module, args) in zip(layers, calls[""])]
     [gt] = largest(target, 1)
     query = matched(*seen[-1][:2], target)[gt]
     box = pixels(target.boxes[gt], image)
-    all_points = pixels(torch.cat([found[""][1][query] for *_, found in seen]), image)
+    all_points = pixels(torch.cat([points[query] for *_, (_, points, _) in seen]), image)
     figure, row = picture_axes(len(seen), 3.2, image, box)
     for layer, (axes, (logits, pred_boxes, found)) in enumerate(zip(row, seen), start=1):
-        reference, points, weights = (t[query] for t in found[""])
+        reference, points, weights = (t[query] for t in found)
         before, after = (boxes.iou(b[None], target.boxes[gt, None]).item()
                          for b in (reference, pred_boxes[query]))
         look(axes, image, reference, points, weights, pred_boxes[query])

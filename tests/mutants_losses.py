@@ -41,7 +41,7 @@ MUTANTS = [
     *bank.of("decoder_decoupled_deformable.region_features",
              ("x and y swapped", "new_tensor([w, h, w, h])", "new_tensor([h, w, h, w])"),
              ("all from level 0", "level == index", "level * 0 == index"),
-             ("the first image for all", "image[here, None]", "0 * image[here, None]"),
+             ("the first image for all", "image[here]", "0 * image[here]"),
              ("images interleaved", ".repeat_interleave(N)", ".repeat(N)"),
              ("padding counts", "memory.valid_ratios[:, index].repeat(1, 2)",
               "memory.valid_ratios[:, index].repeat(1, 2) ** 0")),

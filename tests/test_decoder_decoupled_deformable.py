@@ -305,7 +305,7 @@ def test_two_tasks_get_two_queries_from_one_anchor(generator):
     for task in range(2):
         points = queries.predictors[task](features)
         content, pos = query_gen.points_to_query(features, points, ref_boxes)
-        rank = queries.content[task].repeat(2, 1)       # DEVIATION: anchor n has learned content n
+        rank = queries.content[task].repeat(2, 1)       # differs: anchor n has learned content n
         assert_close(out.content[task].flatten(0, 1), content + rank, **EXACT)
         assert_close(out.pos[task].flatten(0, 1), pos, **EXACT)
     assert (out.content[0] - out.content[1]).abs().max() > 1e-2

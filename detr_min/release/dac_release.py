@@ -15,7 +15,7 @@ class DACReleaseDecoder(decoder_dac.DACDecoder):
     def c_decoder(self, queries, memory):
         """Decode Queries and a Memory to Predictions, one per layer; the first is the O-Decoder's.
 
-        DEVIATION from [DAC Eq. 3]: x starts as the output of layer 1's self-attention and norm, so
+        Differs from [DAC Eq. 3]: x starts as the output of layer 1's self-attention and norm, so
         layer 1 predicts the same in both decoders and gets labels of both kinds. From layer 2 on no
         query sees another, but through that start each knows of all.
         """
@@ -38,8 +38,8 @@ def one_to_many(quality, threshold=0.4, k=6):
         k           most queries an object gets
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query, then by object; P = 0 without objects
-    Differs: DEVIATION from the release, which first drops all but a random 75 positives (a quarter
-        of 300, whatever N is). Up to 75 the pairs are the same; beyond, objects lose pairs there by
+    Differs: the release first drops all but a random 75 positives (a quarter of 300, whatever N
+        is). Up to 75 the pairs are the same; beyond, objects lose pairs there by
         chance, while here all positives stay and the answer is deterministic.
     """
     owner = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]    # (N, 1); or (N, 0)

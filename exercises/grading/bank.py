@@ -152,9 +152,11 @@ MUTANTS = [
     *of("attention.DeformableAttention.look",
         ("x and y swapped", "[(w, h) for", "[(h, w) for"),
         ("offsets count whole boxes", "/ (2 * K)", "/ K")),
-    *of("query_gen.region_features",
-        ("off by half a cell", "[corners], size, aligned=True", "[corners], size, aligned=False"),
-        ("x and y swapped", "[w, h, w, h]", "[h, w, h, w]")),
+    *of("query_gen.region_features", ("x and y swapped", "[w, h, w, h]", "[h, w, h, w]")),
+    *of("query_gen.roi_align",
+        ("off by half a cell", "== i]], size, aligned=True", "== i]], size, aligned=False"),
+        ("padding is read", "x[None, :, :rows, :columns]", "x[None]"),
+        ("rows and columns swapped", ":rows, :columns", ":columns, :rows")),
     *of("criterion.task_aligned_loss",
         ("the IoU of an object with itself", "layer.boxes[place[:2]], pairs.boxes",
          "pairs.boxes, pairs.boxes"),
@@ -174,4 +176,4 @@ BUGS = {f"bug_{number}": one(*which) for number, which in enumerate((
     ("decoder_dac.DACDecoder.c_decoder", "references not detached"),
     ("criterion.task_aligned_loss", "the IoU of an object with itself"),
     ("decoder_decoupled.DecoderLayer.gather", "the other task's positions"),
-    ("query_gen.region_features", "off by half a cell")), start=1)}
+    ("query_gen.roi_align", "off by half a cell")), start=1)}

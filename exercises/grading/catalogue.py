@@ -154,10 +154,10 @@ ONLY_BUGS = {
         11, "", DAC, tests_of("test_attention.py", """test_look_worked_by_hand
             test_initial_points_reach_from_the_centre_to_the_edge_of_a_box
             test_module_by_definition""")),
-    "query_gen.region_features": Exercise(
+    **dict.fromkeys(("query_gen.region_features", "query_gen.roi_align"), Exercise(
         11, "", SD, tests_of("test_query_gen.py", """test_region_features_by_hand
             test_region_features_of_a_constant_map_are_the_constant
-            test_region_features_are_roi_align_box_by_box""")),
+            test_region_features_are_roi_align_box_by_box"""))),
     "criterion.task_aligned_loss": Exercise(
         11, "", SD, tests_of("test_criterion.py", """test_layer_loss_by_hand
             test_layer_loss_by_definition test_box_terms_are_torchvisions
