@@ -32,16 +32,17 @@ def cell_centres(spatial_shapes, valid_ratios):
     return torch.cat(centres, dim=1)
 
 
-def cell_positions(is_pad, d_model):
+def cell_positions(is_pad, d_model, dtype=torch.float32):
     """Embed the cells of a feature level, measured on the image alone, not on its padding.
 
     Args:
         is_pad  (B, h, w)  True = padding
         d_model D
+        dtype   of the result
     Returns:
         (B, h, w, D)  the sine embedding of each cell's centre
     """
-    is_image = (~is_pad).float()
+    is_image = (~is_pad).to(dtype)
     y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6)                   # centres of cells, in [0, 1]
     x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
@@ -84,15 +85,16 @@ class Encoder(nn.Module):
         Returns:
             Memory, of S = sum of h*w cells
         """
-        shares = [torch.stack([(~pad[:, 0]).float().mean(-1),       # of the columns, in the first
-                               (~pad[:, :, 0]).float().mean(-1)], dim=-1)       # row; of the rows
+        dtype = torch.promote_types(features[0].dtype, torch.float32)   # bf16 would move points
+        shares = [torch.stack([(~pad[:, 0]).to(dtype).mean(-1),     # of the columns, in the first
+                               (~pad[:, :, 0]).to(dtype).mean(-1)], dim=-1)     # row; of the rows
                   for pad in pads]                                                       # (B, 2)
         memory = attention.Memory(
             tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1),   # (B, S, D)
             is_pad=torch.cat([pad.flatten(1) for pad in pads], dim=1),                      # (B, S)
             spatial_shapes=[tuple(x.shape[-2:]) for x in features],
             valid_ratios=torch.stack(shares, dim=1),                                     # (B, L, 2)
-            pos=torch.cat([cell_positions(pad, x.shape[1]).flatten(1, 2) + embed         # (B, S, D)
+            pos=torch.cat([cell_positions(pad, x.shape[1], dtype).flatten(1, 2) + embed  # (B, S, D)
                            for pad, x, embed in zip(pads, features, self.level_embed)], dim=1))
         centres = cell_centres(memory.spatial_shapes, memory.valid_ratios)               # (B, S, 2)
         for layer in self.layers:

@@ -15,7 +15,7 @@ def feed_forward(d_model, d_ffn, dropout=0.0):
                          nn.Linear(d_ffn, d_model))
 
 
-def cell_positions(is_pad, d_model):
+def cell_positions(is_pad, d_model, dtype=torch.float32):
     """Embed the cells of a feature map, counted on the image alone, not on its padding.
 
     [DETR, code]  PE of (j / columns, i / rows), i and j count from 1, so the last cell is at (1, 1)
@@ -23,11 +23,12 @@ def cell_positions(is_pad, d_model):
     Args:
         is_pad  (B, h, w)  True = padding
         d_model D
+        dtype   of the result
     Returns:
         (B, h, w, D)
     Deformable DETR embeds the centres of cells instead, which lie half a cell before.
     """
-    is_image = (~is_pad).float()
+    is_image = (~is_pad).to(dtype)
     y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
     y = y / (y[:, -1:, :] + 1e-6)
     x = x / (x[:, :, -1:] + 1e-6)
@@ -85,13 +86,14 @@ class Encoder(nn.Module):
             Memory, of S = h*w cells, with pos
         """
         [x], [pad] = features, pads
-        shares = [(~pad[:, 0]).float().mean(-1), (~pad[:, :, 0]).float().mean(-1)]      # (x, y)
+        dtype = torch.promote_types(x.dtype, torch.float32)             # bf16 would move points
+        shares = [(~pad[:, 0]).to(dtype).mean(-1), (~pad[:, :, 0]).to(dtype).mean(-1)]  # (x, y)
         memory = attention.Memory(
             tokens=x.flatten(2).transpose(1, 2),                                        # (B, S, D)
             is_pad=pad.flatten(1),                                                      # (B, S)
             spatial_shapes=[tuple(x.shape[-2:])],
             valid_ratios=torch.stack(shares, dim=-1)[:, None],                          # (B, 1, 2)
-            pos=cell_positions(pad, x.shape[1]).flatten(1, 2))                          # (B, S, D)
+            pos=cell_positions(pad, x.shape[1], dtype).flatten(1, 2))                   # (B, S, D)
         for layer in self.layers:
             memory = layer(memory)
         return memory

@@ -104,7 +104,7 @@ MUTANTS = [
     *bank.of("encoder.cell_positions",
              ("y counted from 1", "(y - 0.5)", "(y - 0.0)"),
              ("x in units of rows", "(x[:, :, -1:] + 1e-6)", "(y[:, -1:, :] + 1e-6)"),
-             ("padding counts", "(~is_pad).float()", "torch.ones_like(is_pad).float()"),
+             ("padding counts", "(~is_pad).to(", "torch.ones_like(is_pad).to("),
              ("axes swapped", "is_image.cumsum(1), is_image.cumsum(2)",
               "is_image.cumsum(2), is_image.cumsum(1)"),
              ("x before y", "torch.stack([y, x]", "torch.stack([x, y]")),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from detr_min import attention, backbone, encoder
-from helpers import EXACT, random, randomise
+from helpers import EXACT, f64, random, randomise
 from test_boxes import sine_by_definition
 
 SHAPES = [(4, 6), (2, 3)]
@@ -106,7 +106,7 @@ def test_memory_worked_by_hand():
     expected = [[0, 0, 0, 0, 0, 1]] * 3 + [[1] * 6]
     assert memory.is_pad[1, :24].reshape(4, 6).int().tolist() == expected
     assert memory.is_pad[1, 24:].sum() == 0
-    expected = torch.tensor([[[1., 1.], [1., 1.]], [[5 / 6, 3 / 4], [1., 1.]]])
+    expected = f64([[1., 1.], [1., 1.]], [[5 / 6, 3 / 4], [1., 1.]])
     assert_close(memory.valid_ratios, expected)
 
 
@@ -117,8 +117,8 @@ def test_what_the_layers_are_given():
         layer.register_forward_pre_hook(lambda layer, args: seen.append(args))
     pads = padding(random_features(), 32, 48, [(32, 48), (20, 40)])
     memory = net(random_features(), pads)
-    expected = torch.cat([encoder.cell_positions(pad, 8).flatten(1, 2) + net.level_embed[level]
-                          for level, pad in enumerate(pads)], dim=1)
+    expected = torch.cat([encoder.cell_positions(pad, 8, torch.float64).flatten(1, 2) + embed
+                          for embed, pad in zip(net.level_embed, pads)], dim=1)
     centres = encoder.cell_centres(SHAPES, memory.valid_ratios)
     for given, references in seen:
         assert_close(given.pos, expected, **EXACT)
@@ -135,8 +135,7 @@ def test_padding_changes_nothing():
     part = [features[0][1:, :, :5, :7], features[1][1:, :, :3, :4]]
     alone = net(part, padding(part, 40, 56, [(40, 56)]))
     assert padded.is_pad[1].logical_not().sum() == 35 + 12
-    # ratios and cells' positions are float32, whatever the weights are: 1e-7 in, a little more out
-    assert_close(padded.tokens[1][~padded.is_pad[1]], alone.tokens[0], atol=2e-6, rtol=0)
+    assert_close(padded.tokens[1][~padded.is_pad[1]], alone.tokens[0], **EXACT)
     other = [x.clone() for x in features]
     for x, h, w in ((other[0], 5, 7), (other[1], 3, 4)):
         x[1, :, h:], x[1, :, :, w:] = 9, 9                  # whatever padding holds is not seen
@@ -157,8 +156,8 @@ def test_each_cell_reads_a_few_points_around_itself():
         for j in range(11):
             straight = i == 4 or j == 5 or abs(i - 4) == abs(j - 5)         # the eight directions
             is_near = straight and max(abs(i - 4), abs(j - 5)) <= 2
-            # positions are float32, so a point misses its cell's centre by 1e-6 of a cell
-            assert (change[i, j] > 1e-3) == is_near and (is_near or change[i, j] < 1e-4)
+            # offsets start from float32's sines: a point misses its cell's centre by 1e-7 of a cell
+            assert (change[i, j] > 1e-3) == is_near and (is_near or change[i, j] < 1e-6)
 
 
 def test_gradients_reach_every_parameter_and_level():
@@ -179,5 +178,5 @@ def test_an_image_smaller_than_a_stride():
     memory = net(features, padding(features, 64, 96, [(64, 96), (8, 5)]))
     assert memory.is_pad[1].logical_not().sum() == 2
     assert memory.tokens.isfinite().all()
-    assert_close(memory.valid_ratios[1], torch.tensor([[1 / 12, 1 / 8], [1 / 6, 1 / 4]]))
+    assert_close(memory.valid_ratios[1], f64([1 / 12, 1 / 8], [1 / 6, 1 / 4]))
     assert isinstance(memory, attention.Memory)

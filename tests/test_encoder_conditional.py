@@ -23,7 +23,7 @@ def test_encoder_ignores_padding(generator):
     pads = [is_pad[:, ::8, ::8]]
     memory = encoder([x], pads)
     assert memory.spatial_shapes == [(4, 6)] and memory.is_pad[1].sum() == 16
-    assert_close(memory.valid_ratios[1, 0], torch.tensor([4 / 6, 2 / 4]))
+    assert_close(memory.valid_ratios[1, 0], helpers.f64(4 / 6, 2 / 4))
     noise = encoder([x + 9 * memory.is_pad.unflatten(1, (4, 6))[:, None]], pads)
     on_image = ~memory.is_pad
     assert_close(memory.tokens[on_image], noise.tokens[on_image], atol=1e-12, rtol=0)

@@ -1,9 +1,11 @@
 """The detector as a whole: it learns two images by heart, in half precision, empty, and traced."""
+import helpers
 import pytest
 import torch
 from torch.testing import assert_close
 
 from detr_min import boxes, criterion, decoder_base, decoder_dac, matcher, model
+from detr_min.data import dataset
 from detr_min.run import config, registry
 from helpers import emptied, two_pictures
 
@@ -146,26 +148,55 @@ def test_overfits_two_images(base, name, queries, kind):
 
 # --- padding --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("base, name, queries", [
-    pytest.param(base, name, queries, marks=[pytest.mark.slow] * (name not in ("dac", "decoupled")))
-    for base in registry.DECODERS for name in registry.DECODERS[base]
-    for queries in registry.QUERIES[base]])
+PADDED = [pytest.param(base, name, queries,
+                       marks=[pytest.mark.slow] * (name not in ("dac", "decoupled")))
+          for base in registry.DECODERS for name in registry.DECODERS[base]
+          for queries in registry.QUERIES[base]]
+
+
+def padded(sizes, generator):
+    """Noise on 110 x 120 pixels, of which an image has (h, w) at the upper left. -> images, is_pad
+    """
+    images = torch.randn(len(sizes), 3, 110, 120, generator=generator)
+    is_pad = torch.ones(len(sizes), 110, 120, dtype=torch.bool)
+    for pad, (h, w) in zip(is_pad, sizes):
+        pad[:h, :w] = False
+    return images, is_pad
+
+
+@pytest.mark.parametrize("base, name, queries", PADDED)
 @torch.no_grad()
-def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(base, name, queries):
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(base, name, queries, generator):
     """Pictures alone, beside larger ones, and beside one so small that it has too few cells."""
-    torch.manual_seed(0)
     cfg = config.preset(PRESETS[base], model=name, queries=queries, **{**TINY, "d_model": 64})
     detector = shaken(registry.build(cfg)).eval()
     sizes = [(40, 57), (61, 90), (9, 12), (101, 33)]
-    images = torch.randn(4, 3, 110, 120, generator=torch.Generator().manual_seed(0))
-    is_pad = torch.ones(4, 110, 120, dtype=torch.bool)
-    for pad, (h, w) in zip(is_pad, sizes):
-        pad[:h, :w] = False
+    images, is_pad = padded(sizes, generator)
     together = detector(images, is_pad).o_decoder[-1]
     for i, (h, w) in enumerate(sizes):
         alone = detector(images[i:i + 1, :, :h, :w], is_pad[i:i + 1, :h, :w]).o_decoder[-1]
         for found, expected in zip(together, alone):
             assert_close(found[i:i + 1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("base, name, queries", PADDED)
+def test_the_gradient_of_a_batch_is_the_sum_of_its_pictures_own(base, name, queries, generator):
+    """Of the whole loss, in float64: no parameter learns from padding, or from the neighbours."""
+    cfg = config.preset(PRESETS[base], model=name, queries=queries, **{**TINY, "d_model": 64})
+    detector = helpers.shaken(registry.build(cfg), generator)
+    sizes = [(40, 57), (61, 90), (9, 12)]
+    images, is_pad = padded(sizes, generator)
+    targets = [dataset.Target(torch.arange(M) % 3, .1 + .8 * torch.rand(
+        M, 4, generator=generator).double(), i, sizes[i]) for i, M in enumerate((3, 2, 0))]
+
+    def gradients(images, is_pad, targets):
+        output = detector(images.double(), is_pad)
+        loss = criterion.total(registry.training(cfg).loss(output, targets, num_objects=5.0))
+        return torch.autograd.grad(loss, detector.parameters())
+    alone = [gradients(images[i:i + 1, :, :h, :w], is_pad[i:i + 1, :h, :w], targets[i:i + 1])
+             for i, (h, w) in enumerate(sizes)]
+    for found, *parts in zip(gradients(images, is_pad, targets), *alone, strict=True):
+        assert_close(found, sum(parts), atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.slow
