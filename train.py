@@ -7,8 +7,8 @@
     python train.py --resume runs/dac_shapes               # go on after Ctrl-C or a crash
     torchrun --nproc_per_node=2 train.py                   # on two processes
 
-A run folder gets config.json, log.jsonl, last.pt, best.pt and, at the end, metrics.json, curves.png
-and predictions.png. Exit status: 0 done, 1 failed, 2 flags refused, 130 Ctrl-C.
+A run folder gets config.json, log.jsonl, last.pt and, at each validation, best.pt, curves.png and
+predictions.png; at the end, metrics.json. Exit status: 0 done, 1 failed, 2 flags, 130 Ctrl-C.
 """
 import sys
 

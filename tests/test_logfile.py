@@ -98,3 +98,22 @@ def test_a_line_for_people():
         "step 40 | loss 12.00 = O (cls 1.00 + l1 2.00 + giou 3.00) + C (cls 1.00 + l1 2.00 + giou "
         "3.00) + encoder (cls 1.00 + l1 2.00 + giou 3.00) | objects 7.0, queries matched O 7.0 / C "
         "31.5 | 123 ms")
+
+
+@pytest.mark.parametrize("scores, best, says", [
+    ([.1, .5, .511], (.5, 2), "still rising: it was 0.500 at step 2"),
+    ([.1, .5, .51], (.5, 2), "not rising: it was 0.500 at step 2"),          # .01 is no rise yet
+    ([.5, .1, .49], (.5, 1), "not rising: it was 0.500 at step 1"),
+    ([.5, .1, .489], (.5, 1), "below its best: it was 0.500 at step 1, in best.pt"),
+    ([.0, .0], (.0, 1), "not rising: it was 0.000 at step 1"),
+    ([.3], None, "validated once, so whether it was still rising is not known"),
+    ([None, None], None, "there is no object to find")])
+def test_whether_ap_was_still_rising(tmp_path, scores, best, says):
+    """The last validation against the best before it, so that one bad validation is no rise."""
+    lines = []
+    for step, ap in enumerate(scores, start=1):
+        lines += [{"step": step, "loss": 1.0}, {"step": step, "val": {"AP": ap, "AP50": .9}}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = logfile.best_before(tmp_path / "log.jsonl")
+    assert before == (best and dict(zip(("AP", "step"), best)))
+    assert logfile.trend(scores[-1], before) == says

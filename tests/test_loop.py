@@ -35,6 +35,40 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert [line["val"]["AP"] for line in lines] == [0.2, 0.5, None, 0.4]
 
 
+def test_a_resumed_run_still_knows_its_earlier_validations(tmp_path, monkeypatch, capsys):
+    """Whether AP was rising is said from the log, which is cut to the step that was saved."""
+    scores = iter([0.2, 0.9, 0.3, 0.3, 0.3, 0.3])       # 0.9 comes after the save, and is undone
+    monkeypatch.setattr(loop.evaluate, "evaluate", lambda *args, **words: (
+        dict.fromkeys(("AP", "AP50", "AP75"), next(scores)), "table"))
+    run = saved(tmp_path / "run", step=2)
+    for step in (2, 3):
+        run.progress["step"] = step
+        run.validate()
+    run.config_file.close()
+    for _ in range(2):                                      # the second time, after its last step
+        run = at_step(go_on(tmp_path / "run"), 6)
+        run.validate()
+        run.finish()
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == "AP 0.300  AP50 0.300  still rising: it was 0.200 at step 2"
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["best_before"] == {"AP": 0.2, "step": 2}
+        run.save("last.pt")
+        run.config_file.close()
+
+
+def test_curves_and_predictions_are_drawn_at_each_validation(tmp_path):
+    """So that a person sees what has been learned before the run ends."""
+    run, drawn = begin(tmp_path / "run"), ("curves.png", "predictions.png")
+    for step in (1, 2):
+        run.progress["step"] = step
+        run.validate()
+        for name in drawn:
+            assert (tmp_path / "run" / name).read_bytes()[1:4] == b"PNG"
+            (tmp_path / "run" / name).unlink()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
 def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
     """Not best.pt, from which no run goes on, and not one for which the disk was full."""
     def full(*args):

@@ -72,7 +72,9 @@ def test_each_variant_trains_and_leaves_a_complete_run_folder(words, monkeypatch
     assert metrics["steps"] == 2 and metrics["images_seen"] == 4 and 0 <= metrics["AP"] <= 1
     assert metrics["parameters"] > 1e5 and metrics["cpu_seconds"] > 0
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last_line == f"AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}"
+    assert metrics["best_before"]["step"] == 1          # and the last validation, after step 2
+    assert last_line == (f"AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}  "
+                         + logfile.trend(metrics["AP"], metrics["best_before"]))
 
 
 def test_the_log_line_adds_up(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 TERMS = "cls", "l1", "giou"
+RISE = 0.01                         # of AP; a smaller one may be chance
 
 
 def describe(line):
@@ -28,6 +29,26 @@ def step_of(line):
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
     return step if type(step) is int else math.inf
+
+
+def best_before(path):
+    """The best AP before the last validation of a log.jsonl: {"AP", "step"}, or None."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    scores = [{"AP": line["val"]["AP"], "step": line["step"]} for line in lines if "val" in line]
+    return max((score for score in scores[:-1] if score["AP"] is not None),
+               key=lambda score: score["AP"], default=None)
+
+
+def trend(ap, before):
+    """Whether AP was still rising, in words: the last one, against `best_before`."""
+    if ap is None:
+        return "there is no object to find"
+    if before is None:
+        return "validated once, so whether it was still rising is not known"
+    rise, was = round(ap - before["AP"], 3), f"{before['AP']:.3f} at step {before['step']}"
+    if rise < -RISE:
+        return f"below its best: it was {was}, in best.pt"
+    return f"{'still' if rise > RISE else 'not'} rising: it was {was}"
 
 
 class Log:

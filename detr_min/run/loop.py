@@ -127,27 +127,28 @@ class Run:
                 self.save("best.pt")
             out = pathlib.Path(self.cfg.out)
             draw.curves(out / "log.jsonl", out / "curves.png")
+            draw.predictions(self.detector, self.val_set, out / "predictions.png", threshold=0.35)
         self.log.restart_clock()
 
     def finish(self):
-        """Write metrics.json and predictions.png; print the result."""
+        """Write metrics.json; print the result, and whether AP was still rising."""
         cfg, out, (metrics, table) = self.cfg, pathlib.Path(self.cfg.out), self.result
         processes.say(table)
         train_metrics, _ = evaluate.evaluate(self.detector, self.plain_set, cfg.batch,
                                              precision=cfg.precision)
         if processes.rank() == 0:
             seconds, cpu_seconds = self.progress["seconds"], self.progress["cpu_seconds"]
-            numbers = {**metrics, "train_AP": train_metrics["AP"], "seconds": seconds,
-                       "cpu_seconds": cpu_seconds, "steps": cfg.steps, "seed": cfg.seed,
-                       "images_seen": cfg.steps * cfg.batch,
+            before = logfile.best_before(out / "log.jsonl")
+            numbers = {**metrics, "best_before": before, "train_AP": train_metrics["AP"],
+                       "seconds": seconds, "cpu_seconds": cpu_seconds, "steps": cfg.steps,
+                       "seed": cfg.seed, "images_seen": cfg.steps * cfg.batch,
                        "parameters": sum(p.numel() for p in self.detector.parameters())}
-            draw.predictions(self.detector, self.val_set, out / "predictions.png", threshold=0.35)
             (out / "metrics.json").write_text(json.dumps(numbers, indent=2))
             processes.say(
                 f"{evaluate.headline(train_metrics)} on {len(self.plain_set)} training images as "
                 f"they are\n{cfg.steps} steps of {cfg.batch} images in {seconds:.0f} s "
                 f"({cpu_seconds:.0f} CPU-seconds); see {out}/predictions.png, curves.png\n"
-                f"{evaluate.headline(metrics)}")
+                f"{evaluate.headline(metrics)}  {logfile.trend(metrics['AP'], before)}")
 
 
 def leave_signals_to_the_loop(ended, worker):
