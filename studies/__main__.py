@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from studies import catalogue, harness
+from studies import catalogue, figures, harness
 
 
 def main(argv=None):
@@ -39,12 +39,14 @@ def main(argv=None):
     if set(names) - study.variants.keys():
         parser.error(f"--only {args.only}: there are {', '.join(study.variants)}")
     if not args.dry:
-        harness.run(study, names, args.seeds or study.seeds, extra, args.jobs, args.again)
+        harness.run(study, names, args.seeds, extra, args.jobs, args.again)
     text = harness.table(study)
     print(text)
     if harness.results(study):
         (harness.RESULTS / f"{study.name}.md").write_text(text + "\n")
-        harness.plot(study, harness.RESULTS / f"{study.name}.png")
+        figures.curves(study, harness.RESULTS / f"{study.name}.png")
+        if study.watched:
+            figures.gathered(study, harness.RESULTS / f"{study.name}_gathered.png")
 
 
 if __name__ == "__main__":

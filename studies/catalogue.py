@@ -1,36 +1,94 @@
 """The studies: which variants are trained, with which flags of train.py, and how many seeds."""
-from studies.harness import Study
+from studies import measures
+from studies.harness import Claim, Study
+
+PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
+SD_BACKBONE = "--preset shapes --model deformable --size 96 --seed 1000"
+SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
 
 STUDIES = {study.name: study for study in (
     Study(
         name="dac",
-        question="What do the C-Decoder and SD-DETR's parts add on deformable attention?",
-        common="--preset shapes",
+        question="What does the C-Decoder add? [DAC Table 1]",
+        common="--preset shapes --size 96",
         variants={
-            "plain": "--model deformable",
+            "plain": PLAIN,
             "dac": "--model dac",
-            "dac_release": "--model dac_release",
-            "plain_tal": "--model deformable --loss tal",
-            "dfl_port": "--model decoupled",
-            "split_port": "--model split",
-            "sd_detr_port": "--model decoupled --queries task_aware --loss tal",
-            "dac_decoupled": "--model dac_decoupled",
+            "dac_align": "--model dac --loss align",
+            "plain_long": f"{PLAIN} --steps 740",
+            "one_stack": PLAIN,
+            "plain_dn": f"{PLAIN} --dn_number 20",
+            "dac_dn": "--model dac --dn_number 20",
         },
-        seeds=5),
+        seeds=5,
+        more_seeds={"plain": 8, "dac": 8},
+        programs={"one_stack": "studies.one_stack"},
+        measures=(measures.gathered, measures.decoders),
+        columns={"above_0.7": "queries per object above .7", "O_finds": "finds per object"},
+        watched=("plain", "dac"),
+        watch=measures.gathered,
+        claims=(
+            Claim("DAC-DETR beats Deformable DETR at equal steps", "+3.4 AP", "dac", "plain"),
+            Claim("DAC-DETR beats it at equal training time", "–", "dac", "plain_long"),
+            Claim("Align's loss adds to DAC-DETR", "+0.9", "dac_align", "dac"),
+            Claim("DAC-DETR also helps beside denoising queries", "+1.0", "dac_dn", "plain_dn"),
+            Claim("the second decoder is needed: both kinds of labels on one decoder's "
+                  "predictions do worse", "–", "dac", "one_stack"))),
+    Study(
+        name="port",
+        question="Do SD-DETR's parts help on deformable attention?",
+        common="--preset shapes --size 96",
+        variants={
+            "plain": PLAIN,
+            "dfl": "--model decoupled",
+            "sd_detr": "--model decoupled --queries task_aware --loss tal",
+            "plain_cells": PLAIN,
+            "dfl_cells": "--model decoupled",
+        },
+        seeds=3,
+        programs={"plain_cells": "studies.cell_content", "dfl_cells": "studies.cell_content"},
+        claims=(
+            Claim("DFL helps on deformable attention", "–", "dfl", "plain"),
+            Claim("so does the whole of SD-DETR", "–", "sd_detr", "plain"),
+            Claim("DFL helps if the content tells anchors apart", "–", "dfl_cells",
+                  "plain_cells"))),
     Study(
         name="sd_detr",
         question="What do SD-DETR's parts add on Conditional DETR?",
-        first="--preset shapes --model deformable --size 96 --seed 1000",
-        common="--preset shapes_conditional --slow_lr 0 --steps 1000",
+        first=SD_BACKBONE,
+        common=SD_COMMON,
         variants={
-            "plain": "--model conditional --queries anchor_cells",
+            "plain": CONDITIONAL,
             "dfl": "--model decoupled --queries anchor_cells",
             "dfl_taq": "--model decoupled --queries task_aware",
             "sd_detr": "--model decoupled --queries task_aware --loss tal",
-            "plain_tal": "--model conditional --queries anchor_cells --loss tal",
+            "plain_tal": f"{CONDITIONAL} --loss tal",
             "split": "--model split --queries anchor_cells",
+        },
+        seeds=5,
+        measures=(measures.score_iou_correlation,),
+        columns={"correlation": "correlation of score and IoU"},
+        claims=(
+            Claim("the whole of SD-DETR beats its baseline", "+3.8 AP", "sd_detr", "plain"),
+            Claim("split cross-attention (DFL) helps", "+1.4", "dfl", "plain"),
+            Claim("two decoders that share nothing (split) gain less than DFL",
+                  "+0.5 against +1.4", "dfl", "split"),
+            Claim("task-aware queries (TAQ) help after DFL", "+0.5", "dfl_taq", "dfl"),
+            Claim("task alignment (TAL) helps after DFL and TAQ", "+1.9", "sd_detr", "dfl_taq"))),
+    Study(
+        name="sd_controls",
+        question="How much of it is the content, the points, the learning rate?",
+        first=SD_BACKBONE,
+        common=SD_COMMON,
+        variants={
+            "plain": CONDITIONAL,
             "plain_zero": "--model conditional --queries anchors",
             "plain_taq": "--model conditional --queries task_aware",
+            "plain_lr_half": f"{CONDITIONAL} --lr 5e-4",
+            "plain_lr_double": f"{CONDITIONAL} --lr 2e-3",
         },
-        seeds=5),
+        seeds=5,
+        more_seeds={"plain_taq": 3, "plain_lr_half": 2, "plain_lr_double": 2},
+        measures=(measures.score_iou_correlation,),
+        columns={"correlation": "correlation of score and IoU"}),
 )}

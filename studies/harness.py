@@ -11,19 +11,25 @@ import platform
 import statistics
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import scipy.stats
 import torch
 import torchvision
-from matplotlib.figure import Figure
 
-from detr_min import boxes, matcher
-from detr_min.run import checkpoints, evaluate, sets
+from detr_min.run import checkpoints, config, sets
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
 RUNS = ROOT / "runs" / "studies"
+
+
+class Claim(NamedTuple):
+    """A sentence about two variants, judged by their paired difference in AP."""
+    text: str
+    paper: str              # what the paper has for it, on COCO
+    better: str             # a variant
+    worse: str              # another
 
 
 class Study(NamedTuple):
@@ -33,57 +39,80 @@ class Study(NamedTuple):
     common: str             # flags of train.py for all variants
     variants: dict          # {name: flags of train.py}; the first is the baseline
     seeds: int
+    more_seeds: dict = {}   # {variant: seeds} of those that get another number
     first: str = ""         # flags of a run whose backbone all variants start from
+    programs: dict = {}     # {variant: module that is run in place of train.py}
+    measures: tuple = ()    # functions of (model, dataset) -> dict, beside AP
+    columns: dict = {}      # {a number of theirs: its column's title}
+    watched: tuple = ()     # variants that stop at every sixth of the run, to be measured by
+    watch: Callable = None  # this function
+    claims: tuple = ()
+
+    def seeds_of(self, variant):
+        """How many seeds a variant gets."""
+        return self.more_seeds.get(variant, self.seeds)
 
 
-def command(*flags):
-    """Run train.py in a process of one thread; its output goes to the run's own log."""
+STOPS = 6                   # of a run that is watched
+
+
+def command(program, *flags):
+    """Run train.py, or a module, in a process of one thread; its output goes to the run's log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, check=True,
+    start = ["train.py"] if program == "train.py" else ["-m", program]
+    subprocess.run([sys.executable, *start, *flags], cwd=ROOT, env=environment, check=True,
                    stdout=subprocess.DEVNULL)
 
 
-def train(folder, flags):
-    """Train a run, or go on with it; nothing is done for one that is through."""
-    if not (folder / "metrics.json").exists():
-        if (folder / "last.pt").exists():
-            command("--resume", str(folder))
-        else:
-            command(*flags, "--out", str(folder))
+def train(folder, flags, program="train.py", watch=None):
+    """Train a run, or go on with it; nothing is done for one that is through.
 
-
-@torch.no_grad()
-def score_iou_correlation(model, dataset):
-    """Pearson's correlation of class score and IoU over the matched predictions of a data set.
-
-    Predictions of the last layer are matched one-to-one [DETR Eq. 1]; the score is the object's
-    class's. None if it is not defined.
+    With `watch` the run stops STOPS times, and the file watched.jsonl of its folder gets what
+    `watch` finds then in its model.
     """
-    scores, ious = [], []
-    for batch in torch.utils.data.DataLoader(dataset, batch_size=20, collate_fn=list):
-        images, targets = zip(*batch)
-        for logits, pred_boxes, target in zip(*evaluate.predict(model, images), targets):
-            query_idx, gt_idx = matcher.one_to_one(matcher.match_cost(
-                logits, pred_boxes, target.labels, target.boxes))
-            scores += logits[query_idx, target.labels[gt_idx]].sigmoid().tolist()
-            ious += boxes.paired_iou(pred_boxes[query_idx], target.boxes[gt_idx]).tolist()
-    return statistics.correlation(scores, ious) if len(set(scores)) > 1 else None
+    seen, flags = folder / "watched.jsonl", [*flags, "--out", str(folder)]
+    while not (folder / "metrics.json").exists() or watch and lines(seen) < STOPS:
+        begun = (folder / "last.pt").exists()
+        pause = []
+        if watch:
+            if not begun:
+                seen.unlink(missing_ok=True)
+            stop = config.parse("", flags)[0].steps * (lines(seen) + 1) // STOPS
+            pause = ["--pause", str(stop)]
+        if not (folder / "metrics.json").exists():
+            command(program, *(["--resume", str(folder)] if begun else flags), *pause)
+        if watch:
+            model = checkpoints.load_model(folder / "last.pt")
+            found = watch(model, sets.open_val(model.config, model.categories))
+            with seen.open("a") as file:
+                file.write(json.dumps({"step": stop, **found}) + "\n")
+
+
+def lines(path):
+    """How many lines a file has; 0 if there is none."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def measure(study, variant, seed, folder):
     """Write the json of a finished run: its numbers, and what they were made with."""
-    model = checkpoints.load_model(folder)
-    val_set = sets.open_val(model.config, model.categories)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text())
     numbers = {name: metrics[name] for name in ("AP", "AP50", "AP75", "cpu_seconds", "steps",
                                                 "parameters", "train_AP")}
     tree = subprocess.run(["git", "rev-parse", "--short", "HEAD:detr_min"], cwd=ROOT, text=True,
                           capture_output=True).stdout.strip()
+    if study.measures:
+        model = checkpoints.load_model(folder)
+        val_set = sets.open_val(model.config, model.categories)
+    for function in study.measures:
+        numbers.update(function(model, val_set))
+    if (folder / "watched.jsonl").exists():
+        numbers["watched"] = [json.loads(line) for line in
+                              (folder / "watched.jsonl").read_text().splitlines()]
     content = {"study": study.name, "variant": variant, "seed": seed,
                "flags": f"{study.common} {study.variants[variant]} --seed {seed}".split(),
-               **numbers, "correlation": score_iou_correlation(model, val_set),
-               "curve": [[line["step"], line["val"]["AP"]] for line in lines if "val" in line],
+               **numbers,
+               "curve": [[line["step"], line["val"]["AP"]] for line in log if "val" in line],
                "tree_of_detr_min": tree, "python": platform.python_version(),
                "torch": torch.__version__, "torchvision": torchvision.__version__}
     path = RESULTS / study.name / f"{variant}_{seed}.json"
@@ -91,10 +120,11 @@ def measure(study, variant, seed, folder):
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run(study, names, seeds, extra=(), jobs=2, again=False):
+def run(study, names, seeds=0, extra=(), jobs=2, again=False):
     """Train and measure what is missing of some variants, seed by seed, so that seeds are whole.
 
-    With `again`, what has its json but no run folder on this machine is missing too.
+    `seeds` is the study's own number if 0. With `again`, what has its json but no run folder on
+    this machine is missing too.
     """
     start = []
     if study.first:
@@ -107,12 +137,16 @@ def run(study, names, seeds, extra=(), jobs=2, again=False):
     def one(job):
         seed, variant = job
         folder = RUNS / study.name / f"{variant}_{seed}"
-        train(folder, [*study.common.split(), *study.variants[variant].split(), *start,
-                       "--seed", str(seed), *extra])
+        flags = [*study.common.split(), *study.variants[variant].split(), *start,
+                 "--seed", str(seed), *extra]
+        train(folder, flags, study.programs.get(variant, "train.py"),
+              study.watch if variant in study.watched else None)
         return job, folder
 
-    todo = [(seed, variant) for seed in range(seeds) for variant in names
-            if again or not (RESULTS / study.name / f"{variant}_{seed}.json").exists()]
+    todo = sorted((seed, number, variant) for number, variant in enumerate(names)
+                  for seed in range(seeds or study.seeds_of(variant))
+                  if again or not (RESULTS / study.name / f"{variant}_{seed}.json").exists())
+    todo = [(seed, variant) for seed, _, variant in todo]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for number, ((seed, variant), folder) in enumerate(pool.map(one, todo), 1):
             measure(study, variant, seed, folder)
@@ -150,45 +184,63 @@ def paired(ours, base):
     return statistics.mean(gains), half
 
 
+def verdict(ours, base):
+    """What a claim that `ours` beats `base` is worth here, over the seeds that both have.
+
+    reproduced: the 95 % interval of the difference lies above 0; direction only: it does not, but
+    every seed gains; contradicted: it lies below 0; not seen: all else.
+    """
+    gain, half = paired(ours, base)
+    gains = [ours[seed]["AP"] > base[seed]["AP"] for seed in ours.keys() & base.keys()]
+    if half is None:
+        return "not seen"
+    if abs(gain) > half:
+        return "reproduced" if gain > 0 else "contradicted"
+    return "direction only" if all(gains) else "not seen"
+
+
+def difference(ours, base):
+    """`+0.027 ± 0.028, 5 of 5 seeds`: the paired difference and how many seeds gain."""
+    gain, half = paired(ours, base)
+    shared = ours.keys() & base.keys()
+    wins = sum(ours[seed]["AP"] > base[seed]["AP"] for seed in shared)
+    return f"{signed(gain, half)}, {wins} of {len(shared)} seeds"
+
+
+def signed(gain, half):
+    """`+0.027 ± 0.028`, without the second number if there is none."""
+    return f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
 def mean(runs, name):
     """The mean of a number over seeds, n/a where a run has none."""
-    values = [run[name] for run in runs.values()]
+    values = [run.get(name) for run in runs.values()]
     return "n/a" if None in values else f"{statistics.mean(values):.3f}"
 
 
 def table(study):
-    """The Markdown table of a study, from its json files."""
+    """The Markdown table of a study, from its json files, and its claims' with their verdicts."""
     found = results(study)
     base = found.get(next(iter(study.variants)), {})
-    rows = ["| variant | flags of train.py | seeds | AP of each seed | AP | AP50 | AP75 | "
-            "correlation of score and IoU | AP against the first row | CPU-ms per step | "
-            "M parameters |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    titles = ["variant", "flags of train.py", "seeds", "AP of each seed", "AP", "AP50", "AP75",
+              *study.columns.values(), "AP against the first row", "CPU-ms per step",
+              "M parameters"]
+    rows = [f"| {' | '.join(titles)} |",
+            "|---|---|--:|---|" + "--:|" * (len(titles) - 4)]
     for variant, runs in found.items():
         gain, half = paired(runs, base)
-        against = "" if gain is None or runs is base else (
-            f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}"))
         cost = statistics.mean(1000 * r["cpu_seconds"] / r["steps"] for r in runs.values())
-        rows.append(
-            f"| {variant} | `{study.variants[variant]}` | {len(runs)} | "
-            f"{' '.join(format(runs[seed]['AP'], '.3f') for seed in sorted(runs))} | "
-            f"{mean(runs, 'AP')} | {mean(runs, 'AP50')} | {mean(runs, 'AP75')} | "
-            f"{mean(runs, 'correlation')} | {against} | {cost:.0f} | "
-            f"{runs[min(runs)]['parameters'] / 1e6:.2f} |")
+        cells = [variant, f"`{study.variants[variant]}`", str(len(runs)),
+                 " ".join(format(runs[seed]["AP"], ".3f") for seed in sorted(runs)),
+                 *(mean(runs, name) for name in ("AP", "AP50", "AP75", *study.columns)),
+                 "" if gain is None or runs is base else signed(gain, half), f"{cost:.0f}",
+                 f"{runs[min(runs)]['parameters'] / 1e6:.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    judged = [claim for claim in study.claims if {claim.better, claim.worse} <= found.keys()]
+    if judged:
+        rows += ["", "| claim | paper, COCO | here | verdict |", "|---|--:|--:|---|"]
+    for claim in judged:
+        ours, worse = found[claim.better], found[claim.worse]
+        rows.append(f"| {claim.text} | {claim.paper} | `{claim.better}` - `{claim.worse}`: "
+                    f"{difference(ours, worse)} | {verdict(ours, worse)} |")
     return "\n".join(rows)
-
-
-def plot(study, path):
-    """Draw validation AP over steps, the mean over seeds and the range between them."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="validation AP", title=study.question)
-    for variant, runs in results(study).items():
-        curves = [run["curve"] for run in runs.values()]
-        steps = [step for step, _ in curves[0]]
-        columns = list(zip(*[[ap for _, ap in curve] for curve in curves]))
-        [line] = axes.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3,
-                           label=f"{variant} ({len(curves)} seeds)")
-        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15,
-                          color=line.get_color(), linewidth=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)

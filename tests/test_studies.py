@@ -2,6 +2,7 @@
 import json
 import pathlib
 import re
+import types
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch
 from detr_min.data import dataset
 from detr_min.run import config
 from studies import __main__ as program
-from studies import catalogue, harness
+from studies import catalogue, figures, harness, measures
 
 ROOT = pathlib.Path(__file__).parent.parent
 STUDIES = list(catalogue.STUDIES.values())
 A_STUDY = harness.Study("x", "Does it help?", "--preset shapes",
-                        {"plain": "", "idea": "--loss tal"}, seeds=2)
+                        {"plain": "", "idea": "--loss tal"}, seeds=2,
+                        columns={"correlation": "correlation"},
+                        claims=(harness.Claim("it helps", "+1.0", "idea", "plain"),))
 
 
 def result(variant, seed, AP):
@@ -53,11 +56,24 @@ def test_paired_difference_of_one_seed_and_of_none(three_seeds):
 
 
 def test_the_table_and_the_plot_hold_what_the_json_files_hold(three_seeds):
-    plain, idea = harness.table(A_STUDY).splitlines()[2:]
+    plain, idea, _, _, _, claim = harness.table(A_STUDY).splitlines()[2:]
     assert "| 3 | 0.300 0.310 0.320 | 0.310 | 0.620 | n/a | 0.500 |  | 300 | 1.50 |" in plain
     assert "| 0.320 0.340 0.390 | 0.350 |" in idea and "| +0.040 ± 0.066 |" in idea
-    harness.plot(A_STUDY, three_seeds / "x.png")
+    assert claim == ("| it helps | +1.0 | `idea` - `plain`: +0.040 ± 0.066, 3 of 3 seeds | "
+                     "direction only |")
+    figures.curves(A_STUDY, three_seeds / "x.png")
     assert (three_seeds / "x.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("gains, verdict", [
+    ((.02, .03, .07), "direction only"), ((.02, .03, .04), "reproduced"),
+    ((-.02, -.03, -.04), "contradicted"), ((.02, .03, -.01), "not seen"), ((.02,), "not seen"),
+    ((), "not seen")])
+def test_verdicts(gains, verdict):
+    """Half widths 2.4 * sample deviation: .066 for the first, .025 for the second and third."""
+    ours = {seed: {"AP": .5 + gain} for seed, gain in enumerate(gains)}
+    base = {seed: {"AP": .5} for seed in range(4)}
+    assert harness.verdict(ours, base) == verdict
 
 
 def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monkeypatch):
@@ -66,35 +82,109 @@ def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monk
     (tmp_path / "runs" / "x" / "idea_3").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "idea_3" / "last.pt").touch()
     asked, measured = [], []
-    monkeypatch.setattr(harness, "command", lambda *flags: asked.append(flags))
+    def command(*flags):
+        asked.append(flags)
+        folder = pathlib.Path(flags[-1])
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").touch()
+
+    monkeypatch.setattr(harness, "command", command)
     monkeypatch.setattr(harness, "measure", lambda study, variant, seed, folder:
                         measured.append((variant, seed)))
     harness.run(A_STUDY, ["plain", "idea"], 4, ["--steps", "3"], jobs=1)
     assert measured == [("plain", 3), ("idea", 3)]
     folder = str(tmp_path / "runs" / "x")
-    assert asked == [("--preset", "shapes", "--seed", "3", "--steps", "3", "--out",
-                      f"{folder}/plain_3"), ("--resume", f"{folder}/idea_3")]
+    assert asked == [("train.py", "--preset", "shapes", "--seed", "3", "--steps", "3", "--out",
+                      f"{folder}/plain_3"), ("train.py", "--resume", f"{folder}/idea_3")]
     measured.clear()
     harness.run(A_STUDY, ["plain", "idea"], 1, jobs=1, again=True)      # though both have a json
     assert measured == [("plain", 0), ("idea", 0)]
 
 
+def test_a_watched_run_stops_is_measured_and_goes_on(tmp_path, monkeypatch):
+    """Six stops in 100 steps; interrupted after the second, then once more before the last look."""
+    asked, steps = [], [16, 33, 50, 66, 83, 100]
+
+    def command(program, *flags):
+        assert program == "train.py"
+        asked.append((flags[0], flags[-1]))
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "last.pt").touch()
+        if flags[-1] == "100":
+            (tmp_path / "run" / "metrics.json").touch()
+
+    looks = iter([6.0, 5.0, KeyboardInterrupt, 4.0, 3.0, 2.0, KeyboardInterrupt, 1.0])
+
+    def watch(model, dataset):
+        found = next(looks)
+        if found is KeyboardInterrupt:
+            raise found
+        return {"above_0.7": found}
+
+    monkeypatch.setattr(harness, "command", command)
+    monkeypatch.setattr(harness.checkpoints, "load_model",
+                        lambda path: types.SimpleNamespace(config=None, categories=None))
+    monkeypatch.setattr(harness.sets, "open_val", lambda *_: None)
+    flags = ["--preset", "shapes", "--steps", "100"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            harness.train(tmp_path / "run", flags, watch=watch)
+    harness.train(tmp_path / "run", flags, watch=watch)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "watched.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == steps
+    assert [line["above_0.7"] for line in lines] == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert asked[0] == ("--preset", "16") and asked[-1] == ("--resume", "100")
+    assert [stop for _, stop in asked] == ["16", "33", "50", "50", "66", "83", "100"]
+
+
 class Answers(torch.nn.Module):
-    """Two boxes: the first picture's two objects, moved; scores .9 and .6."""
+    """Two boxes: the first picture's two objects, moved; scores .9 and .6. C says both twice."""
+
+    class Decoder(torch.nn.Module):
+        def o_decoder(self, queries, memory):
+            return queries[:2]
+
+        def c_decoder(self, queries, memory):
+            return queries
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = self.Decoder()
 
     def forward(self, images, is_pad):
         from detr_min import boxes, model
-        pred_boxes = torch.tensor([[.3, .3, .2, .2], [.7, .7, .2, .1]]).expand(len(images), -1, -1)
-        logits = torch.tensor([[.9], [.6]]).logit().expand(len(images), -1, -1)
+        rows = self.decoder.o_decoder([(.3, .3, .2, .2, .9), (.7, .7, .2, .1, .6),
+                                       (.3, .3, .2, .2, .8), (.7, .7, .2, .2, .2)], None)
+        pred_boxes = torch.tensor([row[:4] for row in rows]).expand(len(images), -1, -1)
+        logits = torch.tensor([row[4:] for row in rows]).logit().expand(len(images), -1, -1)
         return model.Output([boxes.Predictions(logits, pred_boxes)], [], None)
+
+
+TARGET = dataset.Target(torch.tensor([0, 0]),
+                        torch.tensor([[.3, .3, .2, .2], [.7, .7, .2, .2]]), 1, (32, 32))
+IMAGES = [(torch.zeros(3, 32, 32), TARGET)]
 
 
 def test_correlation_by_hand():
     """Scores .9 and .6 with IoU 1 and .5: two points lie on a rising line."""
-    target = dataset.Target(torch.tensor([0, 0]),
-                            torch.tensor([[.3, .3, .2, .2], [.7, .7, .2, .2]]), 1, (32, 32))
-    images = [(torch.zeros(3, 32, 32), target)]
-    assert harness.score_iou_correlation(Answers(), images) == pytest.approx(1.0)
+    assert measures.score_iou_correlation(Answers(), IMAGES) == {"correlation": pytest.approx(1.0)}
+
+
+def test_gathered_by_hand():
+    """Match qualities .3 * .9 + .7 * 1 = .97 and .3 * .6 + .7 * .5 = .53."""
+    assert measures.gathered(Answers(), IMAGES) == {"above_0.6": .5, "above_0.7": .5,
+                                                    "above_0.8": .5}
+
+
+def test_decoders_by_hand(monkeypatch):
+    """The O-Decoder finds each object once; the C-Decoder the first twice, the second once.
+
+    The fourth prediction fits but its score, .2, is below .3.
+    """
+    monkeypatch.setattr(measures.evaluate, "evaluate", lambda network, dataset, batch, find=None:
+                        ({"AP": len(network(torch.zeros(1), None).o_decoder[-1].boxes[0])}, ""))
+    found = measures.decoders(Answers(), IMAGES)
+    assert found == {"O_AP_nms": 2, "O_finds": 1, "C_AP_nms": 4, "C_AP": 4, "C_finds": 1.5}
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
