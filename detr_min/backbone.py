@@ -12,40 +12,41 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 def conv_gn(channels_in, channels_out, stride):
-    """3x3 convolution, GroupNorm, ReLU. GroupNorm works with any batch size."""
+    """3x3 convolution and GroupNorm, which works with any batch size."""
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
-                         nn.GroupNorm(8, channels_out), nn.ReLU(inplace=True))
+                         nn.GroupNorm(8, channels_out))
 
 
 class ConvNet(nn.Module):
-    """Ten 3x3 convolutions with GroupNorm, for training from random weights. Strides 8, 16, 32."""
+    """Ten 3x3 convolutions with GroupNorm, for training from random weights. Strides 8, 16, 32.
+
+    Five times a convolution halves the map and another adds to it. Without that sum, [ResNet
+    Eq. 1], the network learns half as fast (benchmarks/README.md).
+    """
+
+    num_halvings, first_level = 5, 2
 
     def __init__(self, width=32):
         super().__init__()
-        w = width
-        self.stem = nn.Sequential(conv_gn(3, w, 2), conv_gn(w, w, 1), conv_gn(w, 2 * w, 2),
-                                  conv_gn(2 * w, 2 * w, 1))
-        self.stages = nn.ModuleList([
-            nn.Sequential(conv_gn(2 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1)),
-            nn.Sequential(conv_gn(4 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1)),
-            nn.Sequential(conv_gn(4 * w, 4 * w, 2), conv_gn(4 * w, 4 * w, 1))])
-        self.channels = [4 * w, 4 * w, 4 * w]
+        channels = [3, width, 2 * width, 4 * width, 4 * width, 4 * width][:self.num_halvings + 1]
+        self.halve = nn.ModuleList([conv_gn(a, b, 2) for a, b in zip(channels, channels[1:])])
+        self.add = nn.ModuleList([conv_gn(c, c, 1) for c in channels[1:]])
+        self.channels = channels[self.first_level + 1:]
 
     def forward(self, images):
         """(B, 3, h, w) -> [(B, C3, h/8, w/8), (B, C4, h/16, w/16), (B, C5, h/32, w/32)]"""
-        x, levels = self.stem(images), []
-        for stage in self.stages:
-            x = stage(x)
+        x, levels = images, []
+        for halve, add in zip(self.halve, self.add):
+            x = halve(x).relu()
+            x = (x + add(x)).relu()                                 # [ResNet Eq. 1]
             levels.append(x)
-        return levels
+        return levels[self.first_level:]
 
 
 class ConvNetStride8(ConvNet):
-    """ConvNet up to its first stage: one map of stride 8."""
+    """ConvNet up to its first level: one map of stride 8."""
 
-    def __init__(self, width=32):
-        super().__init__(width)
-        self.stages, self.channels = self.stages[:1], self.channels[:1]
+    num_halvings = 3
 
 
 class ResNet50(nn.Module):

@@ -46,7 +46,22 @@ def test_conv_gn_by_definition():
             group = conv[image, c:c + 2]
             group = (group - group.mean()) / (group.var(unbiased=False) + 1e-5).sqrt()
             expected[image, c:c + 2] = group * block[1].weight[c:c + 2, None, None]
-    assert_close(block(x), expected.relu(), **EXACT)
+    assert_close(block(x), expected, **EXACT)
+
+
+def test_convnet_by_definition():
+    """[ResNet Eq. 1]  relu(y + GN(conv(y))) of y = relu(GN(conv(x))), five times over."""
+    net, images = backbone.ConvNet(width=8).double(), torch.randn(2, 3, 37, 50).double()
+    x, levels = images, []
+    for number in range(5):
+        (conv, norm), (more, more_norm) = net.halve[number], net.add[number]
+        y = F.group_norm(F.conv2d(x, conv.weight, stride=2, padding=1), 8, norm.weight, norm.bias)
+        y = y.relu()
+        z = F.group_norm(F.conv2d(y, more.weight, padding=1), 8, more_norm.weight, more_norm.bias)
+        x = (y + z).relu()
+        levels.append(x)
+    for found, expected in zip(net(images), levels[2:], strict=True):
+        assert_close(found, expected, **EXACT)
 
 
 @pytest.fixture(scope="module")
