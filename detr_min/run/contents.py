@@ -63,7 +63,8 @@ def check_ours(content, path):
 def refuse(path, fault):
     """Raise a ValueError that names the file, if there is a fault."""
     if fault:
-        raise ValueError(f"{path} is damaged, or was edited: {fault}")
+        raise ValueError(f"{path} is damaged, was edited, or is of another version of this "
+                         f"package: {fault}")
 
 
 def categories_fault(categories, num_classes):
