@@ -3,13 +3,13 @@
 Needs `pip install hypothesis`; run with `python -m pytest -m slow tests/test_fuzz.py`.
 """
 import collections
-import datetime
 import functools
 import io
 import json
 import os
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ TRANSFORMS = [transforms.resize(48, 80), transforms.flip_only(),
 
 
 def examples(number):
-    """That many, the same in each run; one that takes half a minute fails."""
+    """That many, the same in each run."""
     return hypothesis.settings(max_examples=number, derandomize=True, database=None,
-                               deadline=datetime.timedelta(seconds=30), print_blob=False,
+                               deadline=None, print_blob=False,
                                suppress_health_check=list(hypothesis.HealthCheck))
 
 
@@ -50,7 +50,11 @@ sys.addaudithook(watch)
 
 
 def outcome(root, split="val", share=0.2, transform=TRANSFORMS[0]):
-    """Open a folder, read all of it, evaluate it. -> "valid" or "refused", else it fails."""
+    """Open a folder, read all of it, evaluate it. -> "valid" or "refused", else it fails.
+
+    So does what takes 20 seconds of this process, however busy the computer is.
+    """
+    start = time.process_time()
     OPENED.clear()
     WATCHED[0] = True
     try:
@@ -61,6 +65,7 @@ def outcome(root, split="val", share=0.2, transform=TRANSFORMS[0]):
         said, result = str(error), "refused"
     finally:
         WATCHED[0] = False
+    assert time.process_time() - start < 20
     outside = root.parent / "outside"
     assert not [path for path in OPENED if os.path.realpath(path).startswith(str(outside))]
     if result == "refused":

@@ -100,6 +100,16 @@ def test_yolo_without_its_yaml_asks_for_the_names(tmp_path):
         tmp_path / "y")
 
 
+def test_lines_that_convert_write_each_split_once(tmp_path):
+    """Of a folder in several layouts the first one counts; a list of classes is no label file."""
+    write_yolo(tmp_path / "y", [("labels/train", "images/train"), ("labels/val", "images/val")])
+    (tmp_path / "y" / "labels" / "classes.txt").write_text("dog")
+    write_voc(tmp_path / "y", [("Annotations", "JPEGImages")])
+    sentence, _, train, val = refusal(tmp_path / "y").splitlines()
+    assert "this is YOLO" in sentence and "VOC" not in sentence
+    assert "labels/train'" in train and "labels/val'" in val
+
+
 def roboflow_json():
     """As Roboflow exports: a group of all classes comes first, and may have the name of one."""
     coco = copy.deepcopy(GOOD)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 SPLITS = {"train": "train", "train2017": "train", "val": "val", "valid": "val", "val2017": "val"}
 OTHERS = (      # layout, supervision's reader, its label files and where these lie, the pictures
-    ("YOLO", "from_yolo", "labels", "*.txt", "images"),
     ("YOLO", "from_yolo", "labels/{}", "*.txt", "images/{}"),
     ("YOLO", "from_yolo", "{}/labels", "*.txt", "{}/images"),
+    ("YOLO", "from_yolo", "labels", "*.txt", "images"),
     ("Pascal VOC", "from_pascal_voc", "Annotations", "*.xml", "JPEGImages"),
     ("Pascal VOC", "from_pascal_voc", "{}", "*.xml", "{}"))
 
@@ -80,26 +80,38 @@ def what_lies_in(root):
     return f"; is {inner} meant?" if inner else ""
 
 
+def foreign(root):
+    """Which of OTHERS a folder is in, and what lies where.
+
+    Returns:
+        layout, reader, pattern of label files, {split: (folder of pictures, of labels)}; or None
+    """
+    for layout, reader, labels, pattern, pictures in OTHERS:
+        names = SPLITS if "{}" in labels else {"": "train"}
+        places = {split: (root / pictures.format(name), root / labels.format(name))
+                  for name, split in names.items()
+                  if any((root / labels.format(name)).glob(pattern))}
+        if places:
+            return layout, reader, pattern, places
+
+
 def conversion(root):
     """The lines of Python that bring a YOLO or Pascal VOC folder into COCO layout, or ""."""
-    copy = root.parent / f"{root.resolve().name}_coco"
-    lines, seen = [], ""
-    yaml = min(root.glob("*.y*ml"), default=root / "data.yaml")
-    for layout, reader, labels, pattern, pictures in OTHERS:
-        for name, split in SPLITS.items() if "{" in labels else [("", "train")]:
-            folder = root / labels.format(name)
-            if any(folder.glob(pattern)):
-                seen = seen or f"{layout} ({folder / pattern})"
-                places = [root / pictures.format(name), folder] + [yaml] * (layout == "YOLO")
-                to = copy / split, copy / "annotations" / f"instances_{split}.json"
-                reading, writing = (", ".join(repr(str(place)) for place in paths)
-                                    for paths in (places, to))
-                lines.append(f"DetectionDataset.{reader}({reading}).as_coco({writing})")
-    if not lines:
+    if not (found := foreign(root)):
         return ""
-    needs_names = "from_yolo" in lines[0] and not yaml.is_file()
-    return (f"; this is {seen}, which these lines of Python convert (pip install supervision) for "
-            f"--coco {copy}"
-            + f", after you wrote the class names into {yaml} (names: [cat, dog])" * needs_names
-            + "\n    from supervision import DetectionDataset"
+    layout, reader, pattern, places = found
+    copy, yaml = root.parent / f"{root.resolve().name}_coco", []
+    if layout == "YOLO":
+        yaml = [min(root.glob("*.y*ml"), default=root / "data.yaml")]
+    lines = ["from supervision import DetectionDataset"]
+    for split, folders in places.items():
+        to = copy / split, copy / "annotations" / f"instances_{split}.json"
+        reading, writing = (", ".join(repr(str(path)) for path in paths)
+                            for paths in ([*folders, *yaml], to))
+        lines.append(f"DetectionDataset.{reader}({reading}).as_coco({writing})")
+    seen = next(iter(places.values()))[1] / pattern
+    asked = [f", after you wrote the class names into {path} (names: [cat, dog])"
+             for path in yaml if not path.is_file()]
+    return (f"; this is {layout} ({seen}), which these lines of Python convert (pip install "
+            f"supervision) for --coco {copy}{''.join(asked)}"
             + "".join(f"\n    {line}" for line in lines))
