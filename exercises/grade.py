@@ -119,7 +119,8 @@ def main(words):
     done = {(row["student"], row["exercise"]) for row in rows}
     todo = [(folder.name, folder.resolve(), target) for folder in students
             for target in options.mine if (folder.name, target) not in done]
-    print(f"{len(students)} students, {len(todo)} to grade; {options.csv} holds {len(rows)} rows")
+    print(f"students: {len(students)}; functions to grade: {len(todo)}; rows that {options.csv} "
+          f"has already: {len(rows)}")
     os.chdir(ROOT)                          # where pytest finds its settings
     totals, jobs = points.numbers_of_tests(dict.fromkeys(target for *_, target in todo)), []
     with options.csv.open("a", newline="") as stream:

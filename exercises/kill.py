@@ -81,7 +81,7 @@ def complaint(outcome):
         return ("they fail on the function as it is, so they prove nothing about mutants:\n"
                 + outcome.reason)
     if outcome.skipped:
-        return f"{outcome.skipped} of them are skipped or expected to fail, and that is no pass"
+        return f"skipped or expected to fail, which is no pass: {outcome.skipped} of its tests"
     if not outcome.passed:
         return "the file holds no test: a function whose name begins with test_"
     if outcome.passed != outcome.asked or outcome.status != 0:

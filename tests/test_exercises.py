@@ -334,7 +334,7 @@ def test_functions_of_one_run_keep_their_own_counts(tmp_path):
     _, tally, text = grade("tal_loss.aligned_target", tmp_path, UNTRAINED, "--mine",
                            wrong.function, "--mine", "matcher.one_to_many")
     counts = {name: (int(passed), int(failed)) for name, passed, failed in re.findall(
-        r"exercise \d+, ([\w.]+) of .*: (\d+) passed, (\d+) failed, called \d+ times", text)}
+        r"exercise \d+, ([\w.]+) of .*: (\d+) passed, (\d+) failed, calls: \d+", text)}
     assert counts["tal_loss.aligned_target"] == (4, 0) and counts["matcher.one_to_many"] == (0, 1)
     assert counts[wrong.function][1] == len(tally.failed) - 1 > 0
     assert counts[wrong.function][0] == len(tally.passed) - 4
@@ -464,8 +464,8 @@ def test_weak_tests_let_mutants_live(tmp_path, capsys):
     ("import nowhere\n", "the file cannot be run"),
     ("def test_it():\n    assert False\n", "they fail on the function as it is"),
     ("import sys\ndef test_it():\n    sys.exit(0)\n", "they fail on the function as it is"),
-    (GOOD + "\nimport pytest\ndef test_b():\n    pytest.skip('later')\n", "1 of them are skipped"),
-    (GOOD + "\nimport pytest\n@pytest.mark.xfail\ndef test_b():\n    assert 0\n", "1 of them are"),
+    (GOOD + "\nimport pytest\ndef test_b():\n    pytest.skip('later')\n", "no pass: 1 of its"),
+    (GOOD + "\nimport pytest\n@pytest.mark.xfail\ndef test_b():\n    assert 0\n", "no pass: 1 of"),
     (GOOD + "\nimport pytest\ndef test_b():\n    pytest.exit('done', 0)\n", "only 1 of the 2"),
     ("import os\nif os.environ.setdefault('KILL_RUNS', '') == 'xxx': raise SystemError\n" + GOOD +
      "\ndef test_b():\n    os.environ['KILL_RUNS'] += 'x'\n    assert len(os.environ['KILL_RUNS']) "

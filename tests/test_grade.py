@@ -189,13 +189,13 @@ def test_a_class_is_graded_and_goes_on_where_it_stopped(submissions, tmp_path, c
     assert "ada: 6 of 6 points" in capsys.readouterr().out
     text = file.read_text()
     assert grade.main(words) == 0 and file.read_text() == text      # nothing is left to do
-    assert "3 students, 0 to grade" in capsys.readouterr().out
+    assert "students: 3; functions to grade: 0; rows" in capsys.readouterr().out
     header, *lines = text.splitlines(keepends=True)             # in the order they were ready
     ada, ben, cy = sorted(lines, key=lambda line: line.split(",")[0])
     cut = header + ada.replace(",6,6,", ",1,6,") + ben + cy[:len(cy) // 2]     # stopped in a row
     file.write_text(cut)
     assert grade.main(words) == 0
-    assert "3 students, " in capsys.readouterr().out
+    assert "functions to grade: 1; rows" in capsys.readouterr().out
     assert rows(file)["ada"]["points"] == "1", "a row that is there stays"
     assert rows(file)["cy"]["points"] == "0" and file.read_text().startswith(cut[:cut.rfind("\n")])
 

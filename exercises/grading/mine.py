@@ -180,7 +180,7 @@ class Grader:
         for work in self.works:
             write(f"exercise {work.number}, {work.target} of {handin.shown(work.path)}: "
                   f"{len(work.passed)} passed, {len(work.failed)} failed, "
-                  f"called {len(work.calls)} times")
+                  f"calls: {len(work.calls)}")
             if work.is_stub:
                 write("It is still the stub: write its body, then run this again.")
             elif work.failed:
