@@ -12,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision import ops
 
-from detr_min.data import batches, coco_folder, dataset, shapes, transforms
+from detr_min.data import batches, coco_json, dataset, shapes, transforms
 from helpers import GOOD, annotation, to_pixels, write_coco
 
 KEEP_SIZE = transforms.resize(60, 60)       # long side to 60 px, which nearly all pictures have
@@ -147,9 +147,9 @@ def test_impossible_parts_are_refused(tmp_path):
             ({"num_images": 2, "class_names": ("dog",)}, "has 1 images with dog; asked for 2"),
             ({"class_names": ("birds",)}, r"no class 'birds', did you mean 'bird'\? It has: cat"),
             ({"class_names": ("cat", "zebra")}, r"no class 'zebra'\. It has: cat, dog, bird")):
-        with pytest.raises(coco_folder.DataError, match=sentence):
+        with pytest.raises(coco_json.DataError, match=sentence):
             dataset.open_folder(tmp_path, "train", KEEP_SIZE, **arguments)
-    with pytest.raises(coco_folder.DataError, match="asked for 0 images of shapes"):
+    with pytest.raises(coco_json.DataError, match="asked for 0 images of shapes"):
         dataset.open_shapes("train", KEEP_SIZE, 0)
 
 
@@ -195,10 +195,10 @@ def test_held_out_images_follow_from_the_seed_alone(tmp_path):
 
 def test_too_few_images_to_hold_some_out_are_refused(tmp_path):
     write_coco(tmp_path / "one", many(1), "train")
-    with pytest.raises(coco_folder.DataError, match="has 1 image.* and there is no validation"):
+    with pytest.raises(coco_json.DataError, match="has 1 image.* and there is no validation"):
         dataset.open_folder(tmp_path / "one", "train", KEEP_SIZE)
     write_coco(tmp_path / "ten", many(10), "train")
-    with pytest.raises(coco_folder.DataError, match="has 8 images beside the 2 held out for valid"
+    with pytest.raises(coco_json.DataError, match="has 8 images beside the 2 held out for valid"
                                                     "ation; asked for 9"):
         dataset.open_folder(tmp_path / "ten", "train", KEEP_SIZE, 9)
 
@@ -249,7 +249,7 @@ def test_the_sentence_survives_a_worker_process(tmp_path):
     (tmp_path / "val" / "13.png").write_bytes(b"spoiled after opening")
     loader = iter(torch.utils.data.DataLoader(ds, batch_sampler=[[(0, 2)], [(0, 1)]], num_workers=1,
                                               collate_fn=batches.collate))
-    with pytest.raises(coco_folder.DataError, match=r"13.png \(image id 13\) cannot be read"):
+    with pytest.raises(coco_json.DataError, match=r"13.png \(image id 13\) cannot be read"):
         next(loader)
     assert len(list(loader)) == 1                                    # the worker itself lives on
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval as program
 import train
-from detr_min.data import coco_folder, shapes
+from detr_min.data import coco_json, shapes
 from detr_min.run import checkpoints, config, evaluate, registry, sets
 
 
@@ -180,7 +180,7 @@ def test_a_published_file_needs_to_be_told_its_data(tmp_path):
     cfg = config.preset("paper_r50", **sizes)               # as checkpoints.convert makes it
     detector = registry.build(cfg)
     checkpoints.save(tmp_path / "released.pth", detector, torch.optim.SGD(detector.parameters()),
-                     cfg, coco_folder.all_ids(), {"step": 0})
+                     cfg, coco_json.all_ids(), {"step": 0})
     with pytest.raises(ValueError, match="released.pth .*give --coco DIR or --photos FILE"):
         program.main([str(tmp_path / "released.pth"), "--device", "cpu"])
 

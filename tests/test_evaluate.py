@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from detr_min import boxes, model
-from detr_min.data import coco_folder, dataset
+from detr_min.data import coco_json, dataset
 from detr_min.run import evaluate
 
 # Images 11, 22, 33 of 100 x 80 pixels, their objects as (category_id, x, y, w, h); ids have gaps.
@@ -21,7 +21,7 @@ def make_coco(objects=OBJECTS, crowds=()):
     annotations += [{"id": 9000 + k, "image_id": image_id, "category_id": c, "bbox": box,
                      "area": box[2] * box[3], "iscrowd": 1}
                     for k, (image_id, c, *box) in enumerate(crowds)]
-    return coco_folder.index_json({
+    return coco_json.index({
         "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in objects],
         "annotations": annotations, "categories": CATEGORIES})
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_min.data import batches, coco_folder, dataset, transforms
+from detr_min.data import batches, coco_json, dataset, transforms
 from detr_min.run import evaluate
 from helpers import GOOD
 
@@ -61,7 +61,7 @@ def outcome(root, split="val", share=0.2, transform=TRANSFORMS[0]):
         ds = dataset.open_folder(root, split, transform, val_share=share)
         items = [ds[0, i] for i in range(len(ds))]
         result = "valid"
-    except (coco_folder.DataError, FileNotFoundError) as error:
+    except (coco_json.DataError, FileNotFoundError) as error:
         said, result = str(error), "refused"
     finally:
         WATCHED[0] = False

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from detr_min.data import coco_folder, dataset, layouts, transforms
+from detr_min.data import coco_json, dataset, layouts, transforms
 from detr_min.run import config, sets
 from helpers import GOOD, write_coco
 
@@ -137,12 +137,12 @@ def test_a_group_that_has_objects_is_a_class():
     """And so is one that is no supercategory; COCO's own json keeps all classes."""
     coco = roboflow_json()
     coco["categories"][0]["name"] = "animal"
-    assert len(coco_folder.check(copy.deepcopy(coco), "x.json")["categories"]) == 4
+    assert len(coco_json.check(copy.deepcopy(coco), "x.json")["categories"]) == 4
     for category in coco["categories"][1:]:
         category["supercategory"] = "animal"
-    assert len(coco_folder.check(copy.deepcopy(coco), "x.json")["categories"]) == 3
+    assert len(coco_json.check(copy.deepcopy(coco), "x.json")["categories"]) == 3
     coco["annotations"][0]["category_id"] = 0
-    assert len(coco_folder.check(coco, "x.json")["categories"]) == 4
+    assert len(coco_json.check(coco, "x.json")["categories"]) == 4
 
 
 @pytest.mark.parametrize("path, pictures, prefix", [

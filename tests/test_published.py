@@ -14,7 +14,7 @@ import torch
 import torchvision.ops as ops
 
 import eval as program
-from detr_min.data import coco_folder, shapes
+from detr_min.data import coco_json, shapes
 from detr_min.run import checkpoints, config, contents, evaluate, registry
 
 D, FFN, N, LAYERS = 32, 48, 60, 2               # small; the release has 256, 2048, 900, 6
@@ -458,7 +458,7 @@ def test_a_run_on_other_classes_starts_from_a_published_file(tmp_path):
     assert torch.equal(detector.queries.mini_detector.class_head.weight[0],
                        state[f"class_embed.{LAYERS}.weight"][0])
     assert torch.equal(detector.queries.content[0], state["query_embed.weight"])
-    own_names = coco_folder.all_ids()
+    own_names = coco_json.all_ids()
     detector = registry.build(config.preset("paper_swin_l", **{**changes, "num_classes": 91}))
     assert checkpoints.init_from(detector, own_names, path) == []
 
@@ -491,7 +491,7 @@ def test_a_swin_backbone_starts_from_the_swin_repositorys_imagenet_file(tmp_path
 
 
 def test_labels_are_cocos_own_ids():
-    names = {c["id"]: c["name"] for c in coco_folder.all_ids()}
+    names = {c["id"]: c["name"] for c in coco_json.all_ids()}
     assert list(names) == list(range(91)) and len(set(names.values())) == 91
     unused = [i for i, name in names.items() if name.startswith("unused")]
     assert unused == [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
@@ -512,7 +512,7 @@ def test_the_evaluation_program_takes_a_published_file(words, most, tmp_path, mo
     json_path = tmp_path / "annotations" / "instances_val.json"
     coco = json.loads(json_path.read_text())
     new = {c["id"]: i for c, i in zip(coco["categories"], (44, 1, 18, 90))}
-    coco["categories"] = [{"id": i, "name": coco_folder.all_ids()[i]["name"]}
+    coco["categories"] = [{"id": i, "name": coco_json.all_ids()[i]["name"]}
                           for i in new.values()]
     for annotation in coco["annotations"]:
         annotation["category_id"] = new[annotation["category_id"]]

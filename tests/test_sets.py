@@ -5,7 +5,7 @@ import json
 import pytest
 
 import eval as eval_program
-from detr_min.data import coco_folder, dataset, transforms
+from detr_min.data import coco_json, dataset, transforms
 from detr_min.run import config, folder as run_folder, sets
 from helpers import GOOD, annotation, write_coco
 
@@ -62,7 +62,7 @@ def test_validation_is_labelled_as_training_was(folder):
     trained = [{"id": 5, "name": "bird"}, {"id": 6, "name": "dog"}, {"id": 7, "name": "cat"}]
     val_set = sets.open_val(config.preset("coco", coco=folder), trained)
     assert [target.labels.tolist() for _, target in val_set] == [[1, 2], [], [0], [2, 2]]
-    with pytest.raises(coco_folder.DataError, match="not trained: bird; trained: dog, cat"):
+    with pytest.raises(coco_json.DataError, match="not trained: bird; trained: dog, cat"):
         sets.open_val(config.preset("coco", coco=folder), trained[1:])
 
 

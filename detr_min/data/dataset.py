@@ -13,7 +13,7 @@ import torch
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 
-from . import batches, coco_folder, layouts, shapes, transforms
+from . import batches, coco_folder, coco_json, layouts, shapes, transforms
 
 CACHE_BYTES = 2**30        # decoded pictures kept in memory by a data set, all its workers together
 
@@ -84,8 +84,8 @@ class Detections(torch.utils.data.Dataset):
 def open_shapes(split, transform, num_images, size_px=128, seed=0):
     """Synthetic shapes: the first `num_images` images of a split, each drawn when first read."""
     if num_images < 1:
-        raise coco_folder.DataError(f"asked for {num_images} images of shapes: one is the least")
-    coco = coco_folder.index_json(shapes.coco_dict(split, num_images, size_px, seed))
+        raise coco_json.DataError(f"asked for {num_images} images of shapes: one is the least")
+    coco = coco_json.index(shapes.coco_dict(split, num_images, size_px, seed))
     read = functools.partial(draw_shapes, split, size_px, seed)
     return Detections(coco, list(coco.imgs), coco.dataset["categories"], read, transform, seed)
 
@@ -107,11 +107,11 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, va
     root = pathlib.Path(root)
     part = layouts.find(root, split)
     path = part.path
-    coco = coco_folder.index_json(coco_folder.check(coco_folder.read_json(path), path))
+    coco = coco_json.index(coco_json.check(coco_json.read(path), path))
     categories = chosen_categories(coco, class_names, path)
     image_ids = list(coco.imgs)
     if part.is_shared and len(image_ids) == 1:
-        raise coco_folder.DataError(f"{path} has 1 image, and there is no validation json: two "
+        raise coco_json.DataError(f"{path} has 1 image, and there is no validation json: two "
                                     "images are the least, one to train on and one to validate")
     if part.is_shared:
         held = held_out(image_ids, val_share, seed)
@@ -123,7 +123,7 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, va
     if not image_ids or not 0 <= num_images <= len(image_ids):
         of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
         rest = f" beside the {len(held)} held out for validation" if part.is_shared else ""
-        raise coco_folder.DataError(f"{path} has {len(image_ids)} images{of}{rest}; asked for "
+        raise coco_json.DataError(f"{path} has {len(image_ids)} images{of}{rest}; asked for "
                                     f"{num_images or 'all'}")
     if num_images:
         order = torch.randperm(len(image_ids), generator=batches.generator(seed))
@@ -145,7 +145,7 @@ def chosen_categories(coco, class_names, path):
     for name in set(class_names) - set(names):
         near = difflib.get_close_matches(name, names, 1)
         hint = f", did you mean {near[0]!r}?" if near else "."
-        raise coco_folder.DataError(f"{path} has no class {name!r}{hint} It has: "
+        raise coco_json.DataError(f"{path} has no class {name!r}{hint} It has: "
                                     + ", ".join(names))
     return [{"id": category["id"], "name": category["name"]} for category in categories
             if not class_names or category["name"] in class_names]
@@ -171,7 +171,7 @@ def relabel(dataset, categories):
     used = {a["category_id"] for i in dataset.image_ids for a in dataset.coco.imgToAnns.get(i, [])}
     unknown = [name for name in ids if ids[name] in used and name not in names]
     if unknown:
-        raise coco_folder.DataError("the images to evaluate hold objects of classes that were not "
+        raise coco_json.DataError("the images to evaluate hold objects of classes that were not "
                                     f"trained: {', '.join(unknown)}; trained: {', '.join(names)}")
     dataset.categories = [{"id": ids.get(name), "name": name} for name in names]
     dataset.label_of = {ids[name]: label for label, name in enumerate(names) if name in ids}

@@ -1,7 +1,7 @@
 """Which layout a folder of data has: where the json and the pictures of a split lie.
 
 docs/data.md shows the layouts. A folder in YOLO's or Pascal VOC's is refused with the lines that
-convert it. Read after nothing; `coco_folder.py` reads what is found here.
+convert it. Read after nothing; `dataset.py` opens what is found here.
 """
 import pathlib
 from typing import NamedTuple

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from ..data import coco_folder
+from ..data import coco_json
 from . import swin
 
 # Ours on the left, theirs on the right; {l} is any number, {last} the number of decoder layers.
@@ -84,7 +84,7 @@ def their_name(name, last, table=NAMES):
 
 def categories(num_classes):
     """[{"id", "name"}], id = label; 91 classes are COCO's."""
-    return coco_folder.all_ids() if num_classes == 91 else [{"id": i, "name": f"class {i}"}
+    return coco_json.all_ids() if num_classes == 91 else [{"id": i, "name": f"class {i}"}
                                                             for i in range(num_classes)]
 
 

@@ -14,7 +14,7 @@ import torchvision.ops as ops
 from pycocotools.cocoeval import COCOeval
 
 from .. import boxes, matcher
-from ..data import batches, coco_folder
+from ..data import batches, coco_json
 
 STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
 NMS_PAIRS = 10000       # NMS looks at no more (query, class) pairs than this, as released
@@ -112,7 +112,7 @@ def coco_metrics(coco, image_ids, results, categories):
                          "bbox": xywh, "score": score} for xywh, label, score in
                         zip(rows, result["labels"].tolist(), result["scores"].tolist())
                         if json_ids[label] is not None]
-    found = coco_folder.index_json({**coco.dataset, "annotations": annotations})
+    found = coco_json.index({**coco.dataset, "annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools prints as it goes
         scorer = COCOeval(coco, found, "bbox")
         scorer.params.imgIds = list(image_ids)
