@@ -10,7 +10,7 @@ STUDIES = {study.name: study for study in (
     Study(
         name="dac",
         question="What does the C-Decoder add? [DAC Table 1]",
-        common="--preset shapes --size 96",
+        common="--preset shapes --size 96 --steps 600",
         variants={
             "plain": PLAIN,
             "dac": "--model dac",
@@ -37,7 +37,7 @@ STUDIES = {study.name: study for study in (
     Study(
         name="port",
         question="Do SD-DETR's parts help on deformable attention?",
-        common="--preset shapes --size 96",
+        common="--preset shapes --size 96 --steps 600",
         variants={
             "plain": PLAIN,
             "dfl": "--model decoupled",

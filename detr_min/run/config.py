@@ -115,7 +115,7 @@ ACCEPTED = {                        # of a Recipe's fields, the others being a S
 MOST_SHAPES = 1_000_000
 FLAGS = [field for field in dataclasses.fields(Config) if field.name != "recipe"]
 PRESETS = {
-    "shapes": dict(steps=600, batch=8, size=128, lr=1e-3, images=2000, max_size=128,
+    "shapes": dict(steps=1000, batch=4, size=128, lr=7e-4, images=2000, max_size=128,
                    d_model=128, num_heads=4, num_levels=3, d_ffn=256, encoder_layers=1,
                    decoder_layers=3, num_queries=50, num_classes=4, warmup=50, decay="cosine",
                    clip=1.0, slow_lr=1.0),
