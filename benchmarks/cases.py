@@ -47,7 +47,7 @@ def of_preset(cfg, queries):
                          r.d_model // r.num_heads, r.num_points)
 
 
-SHAPES = config.preset("shapes", model="deformable", queries="two_stage_unmixed")
+SHAPES = config.preset("shapes", model="deformable", queries="two_stage_unmixed", batch=8)
 R50 = config.preset("paper_r50", model="deformable", queries="two_stage_unmixed", num_queries=300,
                     dn_number=0, batch=1, size=480, max_size=640)
 TINY = config.preset("shapes", model="deformable", queries="two_stage_unmixed", size=64, batch=2,
