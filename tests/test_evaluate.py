@@ -354,6 +354,30 @@ def test_evaluate_puts_pictures_of_like_shape_into_a_batch():
     assert seen == [6, 1, 4, 3, 0, 2, 5]
 
 
+def test_the_order_of_a_dataset_does_not_matter():
+    """The same AP, per class too, and table. All scores are equal, so only order tells them apart.
+    """
+    class Rough(Centroid):
+        """Boxes that are the worse the further left they lie; some of another class."""
+
+        def forward(self, images, is_pad):
+            [found] = super().forward(images, is_pad).o_decoder
+            x = found.boxes[..., :1]                                                # (B, 1, 1)
+            wide = found.boxes * torch.cat([x ** 0, x ** 0, 1.5 - x, x ** 0], dim=-1)
+            logits = torch.where(x * 100 % 10 < 2, found.logits.roll(1, -1), found.logits)
+            return model.Output([boxes.Predictions(logits, wide)], [], None)
+    pictures = Pictures({i: [((3, 7, 90)[i % 3], 2 * i, 12, 30, 24), (7, 80, 50, 9, 9)]
+                         for i in range(1, 25)})
+    for i, image in pictures.coco.imgs.items():
+        image["width"] = 50 + 7 * i % 40                # so that batches are filled out of order
+    metrics, table = evaluate.evaluate(Rough(), pictures, batch_size=5)
+    assert 0 < min(metrics["per_class"].values()) < max(metrics["per_class"].values()) < 1
+    for seed in range(3):
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(seed)).tolist()
+        pictures.image_ids = [pictures.image_ids[i] for i in order]
+        assert evaluate.evaluate(Rough(), pictures, batch_size=5) == (metrics, table)
+
+
 def test_evaluate_shows_progress_in_batches():
     lengths = []
     evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3, progress=lambda loader: lengths.append(
