@@ -117,11 +117,13 @@ class Projections(nn.Module):
 
     def forward(self, features):
         """[(B, C, h, w), ...] of the backbone -> [(B, D, h, w), ...], L of them"""
-        levels = [project(x) for project, x in zip(self.levels[:self.num_from_backbone], features)]
-        x = features[-1]                   # the first extra level reads C5, the next one that level
-        for project in self.levels[self.num_from_backbone:]:
-            x = project(x)
-            levels.append(x)
+        levels, x = [], features[-1]       # the first extra level reads C5, the next one that level
+        for level, project in enumerate(self.levels):
+            if level < self.num_from_backbone:
+                levels.append(project(features[level]))
+            else:
+                x = project(x)
+                levels.append(x)
         return levels
 
 

@@ -34,7 +34,7 @@ class Detector(nn.Module):
         Returns:
             Output
         """
-        levels, pads = self.read(nn.Sequential(self.backbone, self.projections), images, is_pad)
+        levels, pads = self.read(lambda x: self.projections(self.backbone(x)), images, is_pad)
         memory = self.encoder(levels, pads)         # of levels [(B, D, h/8, w/8), ...]
         queries = self.queries(memory)
         o_predictions = self.decoder.o_decoder(queries, memory)

@@ -53,7 +53,7 @@ class Study(NamedTuple):
         return self.more_seeds.get(variant, self.seeds)
 
 
-STOPS = 6                   # of a run that is watched
+STOPS, WATCHED_SEEDS = 6, 3         # of a run that is watched; of a variant
 
 
 def command(program, *flags):
@@ -140,7 +140,7 @@ def run(study, names, seeds=0, extra=(), jobs=2, again=False):
         flags = [*study.common.split(), *study.variants[variant].split(), *start,
                  "--seed", str(seed), *extra]
         train(folder, flags, study.programs.get(variant, "train.py"),
-              study.watch if variant in study.watched else None)
+              study.watch if variant in study.watched and seed < WATCHED_SEEDS else None)
         return job, folder
 
     todo = sorted((seed, number, variant) for number, variant in enumerate(names)

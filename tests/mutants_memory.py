@@ -89,8 +89,13 @@ MUTANTS = [
 
     *bank.of("backbone.Projections.forward",
              ("each extra level reads C5", "x = project(x)", "x = project(features[-1])"),
-             ("the first extra level reads C3", "x = features[-1] ", "x = features[0] ")),
+             ("the first extra level reads C3", "features[-1] ", "features[0] ")),
     *bank.of("backbone.conv_gn", ("groups of another size", "GroupNorm(8", "GroupNorm(4")),
+    *bank.of("backbone.ConvNet.forward",
+             ("nothing is added", "(x + add(x))", "add(x)"),
+             ("no ReLU after halving", "halve(x).relu()", "halve(x)"),
+             ("levels from stride 4 on", "levels[self.first_level:]",
+              "levels[self.first_level - 1:]")),
 
     *bank.of("encoder.feed_forward",
              ("no ReLU", "nn.ReLU()", "nn.Identity()"),

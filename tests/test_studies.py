@@ -221,3 +221,11 @@ def test_rows_of_studies_in_the_readme_and_the_page_come_from_a_committed_table(
             numbers = re.findall(r"[+-]?0\.\d{3}", cells)
             sources = [row for row in rows if row.startswith(f"| {name} |")]
             assert any(all(n in row for n in numbers) for row in sources), (page, name, numbers)
+
+
+def test_every_verdict_stands_in_the_page_as_it_was_judged():
+    page = (ROOT / "studies" / "README.md").read_text()
+    for path in harness.RESULTS.glob("*.md"):
+        for row in re.findall(r"^\|.*\| (?:reproduced|direction only|not seen|contradicted) \|$",
+                              path.read_text(), re.M):
+            assert row in page, f"{path.name}: {row}"
