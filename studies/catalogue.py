@@ -10,12 +10,12 @@ STUDIES = {study.name: study for study in (
     Study(
         name="dac",
         question="What does the C-Decoder add? [DAC Table 1]",
-        common="--preset shapes --size 96 --steps 600",
+        common="--preset shapes --size 96",
         variants={
             "plain": PLAIN,
             "dac": "--model dac",
             "dac_align": "--model dac --loss align",
-            "plain_long": f"{PLAIN} --steps 740",
+            "plain_long": f"{PLAIN} --steps 1210",
             "one_stack": PLAIN,
             "plain_dn": f"{PLAIN} --dn_number 20",
             "dac_dn": "--model dac --dn_number 20",
@@ -37,7 +37,7 @@ STUDIES = {study.name: study for study in (
     Study(
         name="port",
         question="Do SD-DETR's parts help on deformable attention?",
-        common="--preset shapes --size 96 --steps 600",
+        common="--preset shapes --size 96",
         variants={
             "plain": PLAIN,
             "dfl": "--model decoupled",

@@ -53,7 +53,7 @@ class Study(NamedTuple):
         return self.more_seeds.get(variant, self.seeds)
 
 
-STOPS, WATCHED_SEEDS = 6, 3         # of a run that is watched; of a variant
+STOPS, WATCHED_SEEDS = 6, 2         # of a run that is watched; of a variant
 
 
 def command(program, *flags):
