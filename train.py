@@ -48,11 +48,12 @@ def train(run):
         run.log.add(parts, objects=num_objects)
         bar.update()
         stops = processes.any_of(interrupt.requested, device) or step == cfg.pause
-        if stops or run.is_due(step, loop.NUM_LOGS):
+        saves = stops or run.is_due(step, loop.NUM_SAVES)
+        if saves or run.is_due(step, loop.NUM_LOGS):    # no line's mean goes on beyond a save
             run.write_log(step, lr)
         if run.is_due(step, loop.NUM_EVALS):
             run.validate()
-        if stops or run.is_due(step, loop.NUM_SAVES):
+        if saves:
             run.save("last.pt")
         if stops:
             break

@@ -13,7 +13,7 @@ import train
 from detr_min import criterion
 from detr_min.data import shapes
 from detr_min.release import denoising
-from detr_min.run import checkpoints, logfile, sets
+from detr_min.run import checkpoints, logfile, loop, sets
 
 ROOT = pathlib.Path(train.__file__).parent
 EACH_PART_OF_SD_DETR = [
@@ -96,6 +96,20 @@ def test_two_and_two_epochs_are_four(monkeypatch, tmp_path):
     for a, b in zip(straight["optimizer"]["state"].values(), paused["optimizer"]["state"].values()):
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "paused")
+
+
+def test_the_log_of_a_killed_run_is_that_of_the_straight_one(monkeypatch, tmp_path):
+    """Lines are due at steps 2, 4, 6, saves at 3, 6: the mean at 4 must not depend on a kill at 5.
+    """
+    monkeypatch.setattr(loop, "NUM_LOGS", 3)
+    monkeypatch.setattr(loop, "NUM_SAVES", 2)
+    run(monkeypatch, *SMALL, "--steps", 6, "--out", tmp_path / "straight")
+    totals = [criterion.total] * 4                                  # there is none for step 5
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(criterion, "total", lambda parts: totals.pop()(parts))
+        run(monkeypatch, *SMALL, "--steps", 6, "--out", tmp_path / "killed")
+    run(monkeypatch, "--resume", tmp_path / "killed")
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "straight")
 
 
 @pytest.mark.slow
