@@ -20,8 +20,8 @@ def conv_gn(channels_in, channels_out, stride):
 class ConvNet(nn.Module):
     """Ten 3x3 convolutions with GroupNorm, for training from random weights. Strides 8, 16, 32.
 
-    Five times a convolution halves the map and another adds to it. Without that sum, [ResNet
-    Eq. 1], the network learns half as fast (benchmarks/README.md).
+    Five times a convolution halves the map and another adds to it, as in [ResNet Eq. 1]. Without
+    that sum it learns more slowly (benchmarks/README.md).
     """
 
     num_halvings, first_level = 5, 2

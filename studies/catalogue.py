@@ -4,7 +4,7 @@ from studies.harness import Claim, Study
 
 PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
 SD_BACKBONE = "--preset shapes --model deformable --size 96 --seed 1000"
-SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
+SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000 --lr 2e-3"
 
 STUDIES = {study.name: study for study in (
     Study(
@@ -84,11 +84,11 @@ STUDIES = {study.name: study for study in (
             "plain": CONDITIONAL,
             "plain_zero": "--model conditional --queries anchors",
             "plain_taq": "--model conditional --queries task_aware",
-            "plain_lr_half": f"{CONDITIONAL} --lr 5e-4",
-            "plain_lr_double": f"{CONDITIONAL} --lr 2e-3",
+            "plain_lr_1": f"{CONDITIONAL} --lr 1e-3",
+            "plain_lr_4": f"{CONDITIONAL} --lr 4e-3",
         },
         seeds=5,
-        more_seeds={"plain_taq": 3, "plain_lr_half": 2, "plain_lr_double": 2},
+        more_seeds={"plain_lr_1": 2, "plain_lr_4": 2},
         measures=(measures.score_iou_correlation,),
         columns={"correlation": "correlation of score and IoU"}),
 )}
