@@ -16,6 +16,8 @@ import sys
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageChops
 
 import eval as eval_program
@@ -296,6 +298,25 @@ def check_png(path, figure):
     assert extents and all(extent.x0 >= 0 and extent.y0 >= 0 and extent.x1 <= figure.bbox.x1
                            and extent.y1 <= figure.bbox.y1 for extent in extents), path
     assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i]), path
+
+
+def test_a_saved_picture_keeps_rare_colours_and_no_empty_band(tmp_path):
+    """A pale bar of each query's colour beside a picture of many greys; 24 of 500 empty rows."""
+    figure = Figure(figsize=(5, 10), dpi=100)
+    axes = figure.add_axes((0, 0.75, 1, 0.25))
+    axes.set_axis_off()
+    axes.imshow(torch.arange(250).expand(50, -1).numpy(), cmap="gray", aspect="auto")
+    drawn = [pictures.draw.colour_of(label) for label in range(7)]
+    for place, colour in enumerate(drawn):
+        figure.add_artist(Rectangle((place / 7, 0), 0.01, 0.25, color=colour, alpha=0.3))
+    pictures.save(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as file:
+        assert file.width == 500 and file.height < 250 + 24 + 250 + 3
+        found = torch.tensor([colour for _, colour in file.convert("RGB").getcolors(256)])
+        assert file.convert("RGB").getpixel((90, 250 + 12)) == (255, 255, 255)
+    pale = 255 * (1 - 0.3 * (1 - torch.tensor(drawn)))
+    wanted = torch.cat([pale, torch.arange(256).expand(3, -1).T])
+    assert (wanted[:, None] - found).abs().amax(2).amin(1).max() < 5
 
 
 def legend_of(figure):
