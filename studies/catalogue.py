@@ -4,7 +4,23 @@ from studies.harness import Claim, Study
 
 PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
 SD_BACKBONE = "--preset shapes --model deformable --size 96 --seed 1000"
-SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000 --lr 2e-3"
+SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
+SD_VARIANTS = {
+    "plain": CONDITIONAL,
+    "dfl": "--model decoupled --queries anchor_cells",
+    "dfl_taq": "--model decoupled --queries task_aware",
+    "sd_detr": "--model decoupled --queries task_aware --loss tal",
+    "plain_tal": f"{CONDITIONAL} --loss tal",
+    "split": "--model split --queries anchor_cells",
+}
+SD_CLAIMS = (
+    Claim("the whole of SD-DETR beats its baseline", "+3.8 AP", "sd_detr", "plain"),
+    Claim("split cross-attention (DFL) helps", "+1.4", "dfl", "plain"),
+    Claim("two decoders that share nothing (split) gain less than DFL",
+          "+0.5 against +1.4", "dfl", "split"),
+    Claim("task-aware queries (TAQ) help after DFL", "+0.5", "dfl_taq", "dfl"),
+    Claim("task alignment (TAL) helps after DFL and TAQ", "+1.9", "sd_detr", "dfl_taq"),
+    Claim("task alignment (TAL) helps the plain decoder", "–", "plain_tal", "plain"))
 
 STUDIES = {study.name: study for study in (
     Study(
@@ -56,25 +72,23 @@ STUDIES = {study.name: study for study in (
         name="sd_detr",
         question="What do SD-DETR's parts add on Conditional DETR?",
         first=SD_BACKBONE,
+        common=f"{SD_COMMON} --lr 2e-3",
+        variants={**SD_VARIANTS, "plain_lr_4": f"{CONDITIONAL} --lr 4e-3"},
+        seeds=5,
+        more_seeds={"plain_lr_4": 1},
+        measures=(measures.score_iou_correlation,),
+        columns={"correlation": "correlation of score and IoU"},
+        claims=SD_CLAIMS),
+    Study(
+        name="sd_detr_lr1",
+        question="The same at half the learning rate",
+        first=SD_BACKBONE,
         common=SD_COMMON,
-        variants={
-            "plain": CONDITIONAL,
-            "dfl": "--model decoupled --queries anchor_cells",
-            "dfl_taq": "--model decoupled --queries task_aware",
-            "sd_detr": "--model decoupled --queries task_aware --loss tal",
-            "plain_tal": f"{CONDITIONAL} --loss tal",
-            "split": "--model split --queries anchor_cells",
-        },
+        variants=SD_VARIANTS,
         seeds=5,
         measures=(measures.score_iou_correlation,),
         columns={"correlation": "correlation of score and IoU"},
-        claims=(
-            Claim("the whole of SD-DETR beats its baseline", "+3.8 AP", "sd_detr", "plain"),
-            Claim("split cross-attention (DFL) helps", "+1.4", "dfl", "plain"),
-            Claim("two decoders that share nothing (split) gain less than DFL",
-                  "+0.5 against +1.4", "dfl", "split"),
-            Claim("task-aware queries (TAQ) help after DFL", "+0.5", "dfl_taq", "dfl"),
-            Claim("task alignment (TAL) helps after DFL and TAQ", "+1.9", "sd_detr", "dfl_taq"))),
+        claims=SD_CLAIMS),
     Study(
         name="sd_controls",
         question="How much of it is the content, the points, the learning rate?",
@@ -84,11 +98,11 @@ STUDIES = {study.name: study for study in (
             "plain": CONDITIONAL,
             "plain_zero": "--model conditional --queries anchors",
             "plain_taq": "--model conditional --queries task_aware",
-            "plain_lr_1": f"{CONDITIONAL} --lr 1e-3",
-            "plain_lr_4": f"{CONDITIONAL} --lr 4e-3",
+            "plain_lr_half": f"{CONDITIONAL} --lr 5e-4",
+            "plain_lr_double": f"{CONDITIONAL} --lr 2e-3",
         },
-        seeds=5,
-        more_seeds={"plain_lr_1": 2, "plain_lr_4": 2},
+        seeds=3,
+        more_seeds={"plain_lr_half": 2, "plain_lr_double": 2},
         measures=(measures.score_iou_correlation,),
         columns={"correlation": "correlation of score and IoU"}),
 )}
