@@ -19,7 +19,7 @@ import sys
 import torch
 
 import detr_min
-from detr_min.run import config, draw, evaluate, explore, looks, predictor, sets
+from detr_min.run import config, draw, ending, evaluate, explore, looks, predictor, sets
 
 
 def parse(argv=None):
@@ -72,10 +72,12 @@ def readable(path):
         else:
             count += 1
             yield file.name, picture
+    inside = sum(p.is_dir() for p in root.iterdir()) if root.is_dir() else 0
+    left_out = f"; its {inside} subfolders are not looked into" * bool(inside)
     if not count:
-        inside = sum(p.is_dir() for p in root.iterdir()) if root.is_dir() else 0
-        raise ValueError(f"{root}: no readable picture among {len(files)} files"
-                         + f"; its {inside} subfolders are not looked into" * bool(inside))
+        raise ValueError(f"{root}: no readable picture among {len(files)} files{left_out}")
+    if left_out:
+        print(f"eval.py: {root}{left_out}", file=sys.stderr)
 
 
 def draw_photos(detector, args, out):
@@ -161,7 +163,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with ending.in_a_sentence("eval.py"):
         main()
-    except (ValueError, OSError) as error:              # a person's mistake: one sentence
-        sys.exit(f"eval.py: {error}")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from detr_min import criterion
-from detr_min.run import config, folder, loop, optim, processes, registry
+from detr_min.run import config, ending, folder, loop, optim, processes, registry
 
 
 def train(run):
@@ -79,9 +79,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with ending.in_a_sentence("train.py"):
         main()
-    except (ValueError, OSError) as error:        # what a person can mend: a sentence, no traceback
-        sys.exit(f"train.py: {loop.what_is_said(error)}")
-    except KeyboardInterrupt:                     # before the first step
-        sys.exit(130)

@@ -87,7 +87,8 @@ def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
 
 @pytest.mark.parametrize("change", [
     lambda x, y, w, h: [x, y, x + w, y + h],                 # corners, as Pascal VOC writes them
-    lambda x, y, w, h: [x / 60, y / 40, w / 60, h / 40]])    # shares of the image, as YOLO does
+    lambda x, y, w, h: [x / 60, y / 40, w / 60, h / 40],     # shares of the image, as YOLO does
+    lambda x, y, w, h: [x + w, y, -w, h]])                   # drawn from right to left
 def test_boxes_of_another_format_are_warned_about(tmp_path, change):
     coco = copy.deepcopy(GOOD)
     for a in coco["annotations"]:

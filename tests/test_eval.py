@@ -91,6 +91,7 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
     for i, name in enumerate(("RGB.jpg", "L.jpg", "RGBA.png", "CMYK.jpg", "P.png")):
         photo(tmp_path / name, mode=name.split(".")[0], seed=i)
     (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "sub").mkdir()
     out = tmp_path / "out"
     program.main([str(run[0]), "--photos", str(tmp_path), "--threshold", "0", "--top_k", "3",
                   "--out", str(out)])
@@ -100,7 +101,9 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
     for row in rows:
         x1, y1, x2, y2 = row["box_xyxy"]
         assert 0 <= x1 <= x2 <= 90 and 0 <= y1 <= y2 <= 60 and row["label"] in shapes.CLASSES
-    assert "notes.txt is no readable picture" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "notes.txt is no readable picture" in said
+    assert f"{tmp_path}; its 1 subfolders are not looked into" in said
 
 
 def test_a_photo_is_turned_as_its_exif_says(run, tmp_path):

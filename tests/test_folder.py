@@ -17,7 +17,13 @@ TINY = dict(images=4, batch=2, size=64, steps=6, device="cpu", d_model=32, num_h
 
 @pytest.fixture(autouse=True)
 def few_validation_images(monkeypatch):
+    """And at the end the runs let go of their folders."""
     monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 2)
+    claim, files = folder.claim, []
+    monkeypatch.setattr(folder, "claim", lambda *args: files.append(claim(*args)) or files[-1])
+    yield
+    for file in files:
+        file.close()
 
 
 def begin(out="", preset="shapes", **changes):

@@ -54,7 +54,11 @@ def test_lines_are_written_and_shown(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', "[1]", "{}", "null", "\x00\x01",
-                                  '{"step": "1"}', '{"step": true}', "[" * 10 ** 5])
+                                  '{"step": "1"}', '{"step": true}', "[" * 10 ** 5,
+                                  '{"step": 1, "val": 3}', '{"step": 1, "val": {"AP": 1}}',
+                                  '{"step": 1, "val": {"AP": "x", "AP50": 0, "AP75": 0}}',
+                                  '{"step": 1, "loss": "x"}', '{"step": 1, "loss": 1e999}',
+                                  '{"step": 1, "O": {"cls": 1}}', '{"step": 1, "O": 5}'])
 def test_lines_after_the_last_save_are_dropped(tmp_path, torn):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n' + torn)

@@ -91,6 +91,13 @@ def test_a_map_is_the_mean_of_the_heads_on_the_image_alone():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_name_is_no_formula(tmp_path):
+    """To matplotlib $x^$ is mathematics, and wrong."""
+    figure = looks.where_it_looks(tiny("deformable"), *a_picture(), tmp_path / "a.png",
+                                  ["$x^$"] * 4)
+    assert figure.axes[0].get_title().startswith("$x^$ ")
+
+
 def test_points_and_boxes_are_drawn_in_pixels(tmp_path):
     """On an image of 64 x 96 pixels: the mean of the points is the centre of the dashed box."""
     figure = looks.where_it_looks(tiny("deformable"), *a_picture(), tmp_path / "a.png", NAMES)

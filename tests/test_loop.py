@@ -89,12 +89,14 @@ def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error, meaning", [
     (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "reads pictures was"),
     (EOFError(), "reads pictures was"), (ConnectionResetError(104, "reset"), "reads pictures was"),
-    (RuntimeError("[pair.cc:1] Connection closed by peer [::1]"), "another process of this run")])
-def test_a_process_that_is_gone_is_named(error, meaning, tmp_path):
+    (RuntimeError("[pair.cc:1] Connection closed by peer [::1]"), "another process of this run"),
+    (RuntimeError("CUDA out of memory. Tried"), "memory is full"), (MemoryError(), "memory is")])
+def test_a_process_or_memory_that_is_gone_is_named(error, meaning, tmp_path):
     run = saved(tmp_path / "run", step=2)
     with pytest.raises(OSError, match=f"{meaning}.*; step 2 is the last one saved in .*--resume"):
         with run.saved_named():
             raise error
+    assert run.config_file.closed                           # another process may go on here
     with pytest.raises(RuntimeError, match="^a defect$"):
         with run.saved_named():
             raise RuntimeError("a defect")

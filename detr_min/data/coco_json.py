@@ -44,12 +44,13 @@ def check(data, path):
         raise DataError(f"{path}: {fault}")
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     outside = sum(x + w > sizes[a["image_id"]][0] + 1 or y + h > sizes[a["image_id"]][1] + 1
-                  or max(x, y, w, h) <= 1
+                  or max(x, y, w, h) <= 1 or min(w, h) < 0
                   for a in data["annotations"] for x, y, w, h in [a["bbox"]])
     if outside > len(data["annotations"]) / 5:
-        warnings.warn(f"{path}: {outside} of {len(data['annotations'])} boxes leave their image or "
-                      "are inside its first pixel: are they corners x1, y1, x2, y2 or in [0, 1]? "
-                      "bbox is x, y, width, height in pixels", stacklevel=3)
+        warnings.warn(f"{path}: {outside} of {len(data['annotations'])} boxes leave their image, "
+                      "are inside its first pixel or have a negative side: are they corners x1, "
+                      "y1, x2, y2 or in [0, 1]? bbox is x, y, width, height in pixels",
+                      stacklevel=3)
     return data
 
 

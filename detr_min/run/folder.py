@@ -136,6 +136,7 @@ def claim(path, text):
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        file.close()
         raise ValueError(f"another process trains in {path.parent}: take another --out") from None
     file.truncate(0)
     file.write(text)
@@ -155,12 +156,12 @@ def open_folder(run):
             indent=2))
         for name in ("last", "best", "log"):                        # of a process that was killed
             (out / f"{name}.unfinished").unlink(missing_ok=True)
+    path = out / "log.jsonl" if processes.rank() == 0 else pathlib.Path(os.devnull)
+    run.log = logfile.Log(path, run.progress["step"])
     processes.say(
         f"{cfg.model} on {cfg.coco or 'synthetic shapes'}: {len(run.train_set)} training and "
         f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px"
         f"{sets.said_of_val(cfg, run.val_set)}, {len(run.train_set.categories)} classes; "
         f"{cfg.steps} steps of {cfg.batch} images, lr {cfg.lr:g}, seed {cfg.seed}, {run.device}; "
         f"run folder {out}")
-    path = out / "log.jsonl" if processes.rank() == 0 else pathlib.Path(os.devnull)
-    run.log = logfile.Log(path, run.progress["step"])
     return run

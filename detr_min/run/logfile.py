@@ -7,28 +7,32 @@ import time
 import torch
 from tqdm import tqdm
 
+PARTS = "O", "C", "encoder", "O_denoising", "C_denoising"
 TERMS = "cls", "l1", "giou"
+SCORES = "AP", "AP50", "AP75"
 RISE = 0.01                         # of AP; a smaller one may be chance
 
 
 def describe(line):
     """One line of log.jsonl for people: what the loss is made of, what each decoder matched."""
-    decoders = [name for name in ("O", "C", "encoder", "O_denoising", "C_denoising")
-                if name in line]
     sums = [f"{name} ({' + '.join(f'{term} {line[name][term]:.2f}' for term in TERMS)})"
-            for name in decoders]
+            for name in PARTS if name in line]
     pairs = [f"{name} {line[name]['pairs']:.1f}" for name in ("O", "C") if name in line]
     return (f"step {line['step']} | loss {line['loss']:.2f} = {' + '.join(sums)} | objects "
             f"{line['objects']:.1f}, queries matched {' / '.join(pairs)} | {line['ms']:.0f} ms")
 
 
 def step_of(line):
-    """The step of a line of log.jsonl; of one torn by a crash, infinity."""
+    """The step of a line of log.jsonl; of one torn by a crash, or edited by hand, infinity."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        line = json.loads(line)
+        numbers = [line[name][term] for name in PARTS if name in line for term in TERMS]
+        numbers += [line["val"][name] or 0 for name in SCORES if "val" in line]
+        is_whole = type(line["step"]) is int and all(
+            math.isfinite(number) for number in (*numbers, line.get("loss", 0)))
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return math.inf
-    return step if type(step) is int else math.inf
+    return line["step"] if is_whole else math.inf
 
 
 def best_before(path):

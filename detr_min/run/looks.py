@@ -126,7 +126,7 @@ def where_it_looks(model, image, is_pad, out_png, names=None, num_queries=3):
             axes = next(panels)
             draw.show(axes, picture)
             if branch is None:
-                axes.set_title(f"{word} {score[query]:.2f}", fontsize=9)
+                axes.set_title(f"{word} {score[query]:.2f}", fontsize=9, parse_math=False)
             else:
                 axes.set_title(BRANCHES[branch], fontsize=9)
                 is_dense = isinstance(calls[branch][0], KINDS[1])

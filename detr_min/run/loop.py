@@ -16,15 +16,9 @@ import torch
 from torch import multiprocessing, nn
 
 from ..data import batches, dataset
-from . import checkpoints, config, draw, evaluate, logfile, processes
+from . import checkpoints, config, draw, ending, evaluate, logfile, processes
 
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
-READER = "a process that reads pictures was killed; is the memory full?"
-ENDED = {               # what is said when another process is gone -> what that means
-    "DataLoader worker (pid": READER, "EOFError": READER, "ConnectionResetError": READER,
-    "ConnectionRefusedError": READER,
-    "Connection closed by peer": "another process of this run has ended",
-    "Connection reset by peer": "another process of this run has ended"}
 NOT_FINITE = "the loss or its gradient is not finite: a lower --lr may help"
 
 
@@ -82,18 +76,21 @@ class Run:
 
     @contextlib.contextmanager
     def saved_named(self):
-        """Say of a full disk, or of a process that is gone, what is saved."""
+        """Say of a full disk or memory, or of a process that is gone, what is saved. At the end the
+        folder is free for another process."""
         try:
             yield
-        except (OSError, RuntimeError, EOFError) as error:
-            text = f"{type(error).__name__}: {error}"
-            ended = next((ENDED[words] for words in ENDED if words in text), "")
-            if isinstance(error, RuntimeError) and not ended:
+        except (OSError, RuntimeError, EOFError, MemoryError) as error:
+            cause = ending.cause(error)
+            if isinstance(error, RuntimeError) and not cause:
                 raise
             step, out = self.progress["saved"], self.cfg.out
             how = f"go on with --resume {out}" if step else "begin anew"
-            raise OSError(f"{ended or what_is_said(error)}; step {step} is the last one "
+            raise OSError(f"{cause or ending.what_is_said(error)}; step {step} is the last one "
                           f"saved in {out}: {how}") from error
+        finally:
+            if self.config_file:
+                self.config_file.close()
 
     def write_log(self, step, lr):
         """A line of means since the last one, into the log and to the terminal."""
@@ -185,9 +182,3 @@ def check_finite(number):
     """
     if not number.isfinite():
         raise ValueError(NOT_FINITE)
-
-
-def what_is_said(error):
-    """What an error says; a worker's comes with a traceback, which ends in the sentence."""
-    text = str(error).strip()
-    return text.splitlines()[-1].split("Error: ", 1)[-1] if "Traceback" in text else text
