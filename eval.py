@@ -48,9 +48,12 @@ def parse(argv=None):
     for name in ("threshold", "nms"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be from 0 to 1")
-    for name in ("coco", "photos", "points", "explore", "out"):
+    for name in ("weights", "coco", "photos", "points", "explore", "out"):
         if getattr(args, name) == "":
-            parser.error(f"--{name} is empty: is it an unset variable of your shell?")
+            what = "RUN_OR_WEIGHTS" if name == "weights" else f"--{name}"
+            parser.error(f"{what} is empty: is it an unset variable of your shell?")
+    if args.out and pathlib.Path(args.out).is_file():
+        parser.error(f"--out {args.out} is a file: a folder is expected")
     return args
 
 

@@ -46,6 +46,14 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     np.testing.assert_array_equal(read(tmp_path, wide), np.repeat(gray[:, :, None], 3, 2))
 
 
+@pytest.mark.parametrize("pixels", [gradient()[:, :, 0].astype(np.float32) / 255,
+                                    gradient()[:, :, 0].astype(np.int32) * 300])
+def test_numbers_whose_white_is_not_known_are_refused(tmp_path, pixels):
+    """Else 0 to 1 would be read as black, without a word."""
+    with pytest.raises(coco_json.DataError, match="p.tiff .*of 8 or 16 bits: which one is white"):
+        read(tmp_path, Image.fromarray(pixels), "p.tiff")
+
+
 def test_transparency_is_laid_over_white(tmp_path):
     alpha = np.full((40, 60, 1), 255, np.uint8)
     alpha[:20] = 0                                                   # the upper half is invisible

@@ -169,7 +169,9 @@ def test_pages_of_a_photo_and_of_a_validation_image(which, request, tmp_path, ca
     (["nowhere"], "nowhere does not exist"),
     (["--threshold", "2", "x"], "--threshold 2.0: it must be from 0 to 1"),
     (["--threshold", "-1e-3", "x"], "--threshold -0.001: it must be from 0 to 1"),
-    (["--images", "-1", "x"], "--images -1"), (["--photos", "", "x"], "--photos is empty")])
+    (["--images", "-1", "x"], "--images -1"), (["--photos", "", "x"], "--photos is empty"),
+    ([""], "RUN_OR_WEIGHTS is empty: is it an unset variable"),
+    (["x", "--out", __file__], "--out .*test_eval.py is a file: a folder is expected")])
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
     with pytest.raises((ValueError, OSError, SystemExit)) as stop:
         program.main(words)

@@ -199,10 +199,19 @@ def test_an_unreadable_file_is_named(detector, tmp_path):
             detector.detect(tmp_path / name)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
-def test_a_threshold_that_is_no_score_is_refused(detector, threshold):
-    with pytest.raises(ValueError, match="a score is in .0, 1."):
-        detector.detect(pixels(), threshold)
+@pytest.mark.parametrize("wrong, sentence", [
+    *(({name: share}, f"{name} {share}: scores and IoUs are in .0, 1.")
+      for name in ("threshold", "nms") for share in (-0.1, 1.5, float("nan"))),
+    ({"top_k": 0}, "top_k 0: one detection is the least"), ({"top_k": -1}, "top_k -1")])
+def test_numbers_that_cannot_be_meant_are_refused(detector, wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        detector.detect(pixels(), **wrong)
+
+
+@pytest.mark.parametrize("picture", [pixels()[:0], torch.zeros(3, 5, 0, dtype=torch.uint8)])
+def test_a_picture_without_a_pixel_is_refused(detector, picture):
+    with pytest.raises(ValueError, match="has no pixel: is it cut out beside what there is"):
+        detector.detect(picture)
 
 
 def test_a_missing_or_foreign_file_is_refused_by_load(tmp_path):

@@ -58,9 +58,16 @@ def read_picture(folder, image):
 
 
 def to_rgb(picture):
-    """Any PIL picture as 8-bit RGB: transparency over white, 16-bit gray scaled, not clipped."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+    """Any PIL picture as 8-bit RGB: transparency over white, 16-bit gray scaled, not clipped.
+
+    Raises:
+        ValueError: which number is white is not known, as in float pictures
+    """
+    if picture.mode.startswith(("I", "F")):
+        pixels = np.asarray(picture)
+        if picture.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its pixels are no numbers of 8 or 16 bits: which one is white?")
+        picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))

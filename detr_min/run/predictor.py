@@ -57,6 +57,9 @@ class Predictor:
 
     def network_image(self, picture):
         """Resize and normalise a picture of `read` as the network was tested. -> (3, h, w)"""
+        if not picture.numel():
+            raise ValueError(f"a picture {tuple(picture.shape)} has no pixel: is it cut out beside "
+                             "what there is?")
         resize = transforms.resize(self.config.size, self.config.recipe.max_size)
         return transforms.normalise(resize(picture))
 
@@ -73,10 +76,13 @@ class Predictor:
             boxes (k, 4) xyxy in pixels of the picture; labels (k,) int64; scores (k,) in [0, 1];
             and names, a list of k class names
         Raises:
-            ValueError, OSError: as `read`; or a threshold outside [0, 1]
+            ValueError, OSError: as `read`; or a threshold or nms outside [0, 1], or top_k below 1
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold {threshold}: a score is in [0, 1]")
+        for name, share in (("threshold", threshold), ("nms", 0 if nms is None else nms)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} {share}: scores and IoUs are in [0, 1]")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k {top_k}: one detection is the least")
         if not isinstance(pictures, (list, tuple)):
             return self.detect([pictures], threshold, top_k, nms)[0]
         answers = []
