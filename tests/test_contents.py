@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from test_folder import at_step, begin, go_on
+from test_folder import at_step, begin, few_validation_images, go_on  # noqa: F401
 
 from detr_min import backbone
 from detr_min.run import checkpoints, config, contents, registry, sets
@@ -210,8 +210,9 @@ def test_rates_in_the_optimizer_are_not_used(good, tmp_path):
     for group in content["optimizer"]["param_groups"]:
         group.update(lr=nan, weight_decay=9.0, betas="two", fused="yes")
     torch.save(content, tmp_path / "last.pt")
-    [fast, _] = go_on(tmp_path).optimizer.param_groups
-    assert (fast["lr"], fast["weight_decay"], fast["betas"]) == (1e-3, 1e-4, (0.9, 0.999))
+    run = go_on(tmp_path)
+    [fast, _] = run.optimizer.param_groups
+    assert (fast["lr"], fast["weight_decay"], fast["betas"]) == (run.cfg.lr, 1e-4, (0.9, 0.999))
 
 
 # --- bytes ----------------------------------------------------------------------------------------

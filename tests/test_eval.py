@@ -92,7 +92,7 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
         photo(tmp_path / name, mode=name.split(".")[0], seed=i)
     (tmp_path / "notes.txt").write_text("not a picture")
     (tmp_path / "sub").mkdir()
-    out = tmp_path / "out"
+    out = tmp_path / "sub" / "out"
     program.main([str(run[0]), "--photos", str(tmp_path), "--threshold", "0", "--top_k", "3",
                   "--out", str(out)])
     rows = json.loads((out / "detections.json").read_text())

@@ -15,23 +15,29 @@ TINY = dict(images=4, batch=2, size=64, steps=6, device="cpu", d_model=32, num_h
             decoder_layers=1, num_queries=9)
 
 
+OPEN = []                               # runs that hold their folder
+
+
 @pytest.fixture(autouse=True)
 def few_validation_images(monkeypatch):
-    """And at the end the runs let go of their folders."""
+    """And at the end all runs let go of their folders."""
     monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 2)
-    claim, files = folder.claim, []
-    monkeypatch.setattr(folder, "claim", lambda *args: files.append(claim(*args)) or files[-1])
     yield
-    for file in files:
-        file.close()
+    while OPEN:
+        OPEN.pop().config_file.close()
+
+
+def start(cfg):
+    OPEN.append(folder.start(cfg))
+    return OPEN[-1]
 
 
 def begin(out="", preset="shapes", **changes):
-    return folder.start(config.preset(preset, **{**TINY, "out": str(out), **changes}))
+    return start(config.preset(preset, **{**TINY, "out": str(out), **changes}))
 
 
 def go_on(out, **changes):
-    return folder.start(config.preset("shapes", resume=str(out), device="cpu", **changes))
+    return start(config.preset("shapes", resume=str(out), device="cpu", **changes))
 
 
 def saved(out, step=2, **changes):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_folder import at_step, begin, few_validation_images, go_on, saved  # noqa: F401
 
+from detr_min.data import coco_json
 from detr_min.run import checkpoints, loop
 
 
@@ -90,7 +91,8 @@ def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
     (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "reads pictures was"),
     (EOFError(), "reads pictures was"), (ConnectionResetError(104, "reset"), "reads pictures was"),
     (RuntimeError("[pair.cc:1] Connection closed by peer [::1]"), "another process of this run"),
-    (RuntimeError("CUDA out of memory. Tried"), "memory is full"), (MemoryError(), "memory is")])
+    (RuntimeError("CUDA out of memory. Tried"), "memory is full"), (MemoryError(), "memory is"),
+    (coco_json.DataError("a.png cannot be read"), "a.png cannot be read")])
 def test_a_process_or_memory_that_is_gone_is_named(error, meaning, tmp_path):
     run = saved(tmp_path / "run", step=2)
     with pytest.raises(OSError, match=f"{meaning}.*; step 2 is the last one saved in .*--resume"):

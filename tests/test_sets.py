@@ -84,6 +84,7 @@ def test_a_run_holds_out_the_same_images_when_resumed_and_tested(tmp_path, capsy
     run.save("last.pt")
     run.config_file.close()
     resumed = run_folder.start(config.preset("coco", resume=str(tmp_path / "run"), device="cpu"))
+    resumed.config_file.close()
     assert resumed.val_set.image_ids == held
     assert resumed.train_set.image_ids == run.train_set.image_ids
     more = dataclasses.replace(cfg, images=7)

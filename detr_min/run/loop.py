@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import multiprocessing, nn
 
-from ..data import batches, dataset
+from ..data import batches, coco_json, dataset
 from . import checkpoints, config, draw, ending, evaluate, logfile, processes
 
 NUM_LOGS, NUM_SAVES, NUM_EVALS = 40, 20, 5                  # in a whole run
@@ -76,11 +76,13 @@ class Run:
 
     @contextlib.contextmanager
     def saved_named(self):
-        """Say of a full disk or memory, or of a process that is gone, what is saved. At the end the
-        folder is free for another process."""
+        """Say of a full disk or memory, a broken picture or a process that is gone, what is saved.
+
+        At the end the folder is free for another process.
+        """
         try:
             yield
-        except (OSError, RuntimeError, EOFError, MemoryError) as error:
+        except (OSError, RuntimeError, EOFError, MemoryError, coco_json.DataError) as error:
             cause = ending.cause(error)
             if isinstance(error, RuntimeError) and not cause:
                 raise
