@@ -394,7 +394,8 @@ def branches(plain, decoupled, dataset, out_png, index=2, num_images=NUM_IMAGES,
         Line2D([], [], color="black", linestyle="--", linewidth=1.2,
                label="object (white on the maps)"),
         Line2D([], [], color=draw.colour_of(0), linewidth=1.8,
-               label="box that the query predicts")])
+               label="box that the query predicts"),
+        Patch(color="#fde725", label="most attention on a map")], columns=3)
     return save(figure, out_png)
 
 

@@ -448,7 +448,7 @@ def test_branches_stand_beside_the_ordinary_decoder(tmp_path):
     assert [axes.images[0].get_array().shape for axes in figure.axes[1:4]] == [(12, 12)] * 3
     assert [axes.get_title().split("\n")[0] for axes in figure.axes[:4]] == [
         "image and object", "ordinary decoder", "localization branch", "classification branch"]
-    assert "box that the query predicts" in legend_of(figure)
+    assert "box that the query predicts most attention on a map" in legend_of(figure)
 
 
 def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):

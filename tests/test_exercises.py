@@ -529,7 +529,7 @@ def test_numbers_files_and_flags_of_the_readme_are_true():
         assert (ROOT / name).exists() or "bug_3" in name, name
     for flag, value in re.findall(r"--(\w+) (\w+)", SECTIONS[13]):
         assert config.parse("", [f"--{flag}", value])[1] == {flag}
-    assert f"{PRESET.steps} steps on shapes" in SECTIONS[13]
+    assert f"{PRESET.steps:,} steps on shapes" in SECTIONS[13]
     assert (FOLDER / "my_tests.py").exists()
 
 
