@@ -27,15 +27,20 @@ def band(axes, curves, label):
                       color=line.get_color(), linewidth=0)
 
 
+def seeds(runs):
+    """`1 seed`, `5 seeds`."""
+    return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
+
+
 def curves(study, path):
     """Validation AP over steps. A run of another length ends elsewhere."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="validation AP", title=study.question)
     for variant, runs in harness.results(study).items():
-        band(axes, [run["curve"] for run in runs.values()], f"{variant} ({len(runs)} seeds)")
+        band(axes, [run["curve"] for run in runs.values()], f"{variant} ({seeds(runs)})")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
 
 
 def gathered(study, path):
@@ -48,7 +53,7 @@ def gathered(study, path):
                     if "watched" in run]
             if runs:
                 band(ours, [[(stop["step"], stop[f"above_{threshold}"]) for stop in run]
-                            for run in runs], f"{variant} ({len(runs)} seeds)")
+                            for run in runs], f"{variant} ({seeds(runs)})")
         for name, numbers in reversed(PAPER.items()):
             theirs.plot(range(1, 13), numbers[threshold], marker="o", markersize=3, label=name)
         ours.set(title=f"match quality above {threshold}", xlabel="step")
@@ -60,4 +65,4 @@ def gathered(study, path):
     panels[1, 0].set_ylabel("the paper's, on COCO")
     for axes in panels[:, -1]:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
