@@ -12,6 +12,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,13 +42,18 @@ def train(words, said, file_bytes):
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     multiprocessing.set_start_method("fork", force=True)        # of its workers: they start at once
+    if file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    run_small(words)
+
+
+def run_small(words):
+    """train.py in this process, on the smallest network."""
     torch.set_num_threads(1)
     sets.NUM_VAL_SHAPES = 2
     registry.BACKBONES["deformable"]["convnet"] = lambda r: backbone.ConvNet(8)
     for name in ("shapes", "coco"):
         config.PRESETS[name].update(TINY)
-    if file_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     sys.argv = ["train.py", "--device", "cpu", *map(str, words)]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
@@ -242,25 +248,63 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_one_of_two_processes_is_killed(tmp_path):
-    """The other one ends soon after, and the run goes on from its last save."""
+def torchrun(folder, nodes, *words):
+    """run_small on two processes, both on one node or one on each. -> [Popen] of the nodes"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = [f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}", "--master_addr=localhost",
+             f"--master_port={port}"]
+    return [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={node}", __file__,
+         *map(str, words)], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        for node in range(nodes)]
+
+
+def children(pid):
+    """The processes that a process began, the eldest first."""
+    listing = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return sorted(int(word) for word in listing.split())
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(tmp_path_factory):
+    """The undisturbed run on two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    [node] = torchrun(folder, 1, "--steps", 60, "--out", folder / "run")
+    _, error = node.communicate(timeout=600)
+    assert node.returncode == 0, error
+    return folder / "run"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_is_killed(rank, nodes, straight_on_two, tmp_path):
+    """The other one says what is lost and ends; then the run goes on from its last save."""
     out = tmp_path / "run"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         ROOT / "train.py", "--images", "4", "--batch", "2", "--size", "64", "--steps", "60",
-         "--device", "cpu", "--out", out], text=True, cwd=tmp_path, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launchers = torchrun(tmp_path, nodes, "--steps", 60, "--out", out)
     start = time.monotonic()
     while not (out / "last.pt").exists():
-        assert child.poll() is None and time.monotonic() - start < 300
-        time.sleep(0.1)
-    listing = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout
-    ranks = [int(pid) for pid in listing.split()]
-    assert len(ranks) >= 2
-    os.kill(ranks[-1], signal.SIGKILL)
-    _, error = child.communicate(timeout=100)
-    assert child.returncode != 0 and "SIGKILL" in error or "Signal 9" in error
-    for rank in ranks:
+        assert launchers[0].poll() is None and time.monotonic() - start < 300
+        time.sleep(0.01)
+    ranks = [pid for launcher in launchers for pid in children(launcher.pid)]
+    assert len(ranks) == 2
+    os.kill(ranks[rank], signal.SIGKILL)
+    errors = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+    assert all(launcher.returncode for launcher in launchers)
+    said = re.findall(r"train.py: another process of this run has ended; step (\d+) is the last "
+                      rf"one saved in {out}: go on with --resume {out}", "".join(errors))
+    assert len(said) == 1, errors
+    for pid in ranks:
         with pytest.raises(ProcessLookupError):
-            os.kill(rank, 0)
-    assert checkpoints.load_model(out).config.steps == 60
+            os.kill(pid, 0)
+    assert checkpoints.read(out)["progress"]["step"] == int(said[0]) < 60
+    for launcher in torchrun(tmp_path, nodes, "--resume", out):
+        _, error = launcher.communicate(timeout=600)
+        assert launcher.returncode == 0, error
+    assert_equal(out, straight_on_two)
+
+
+if __name__ == "__main__":              # by torchrun
+    run_small(sys.argv[1:])
