@@ -3,8 +3,11 @@ from studies import measures
 from studies.harness import Claim, Study
 
 PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
-SD_BACKBONE = "--preset shapes --model deformable --size 96 --seed 1000"
 SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
+SD_ALIKE = dict(
+    first="--preset shapes --model deformable --size 96 --seed 1000",
+    measures=(measures.score_iou_correlation,),
+    columns={"correlation": "correlation of score and IoU"})
 SD_VARIANTS = {
     "plain": CONDITIONAL,
     "dfl": "--model decoupled --queries anchor_cells",
@@ -71,28 +74,23 @@ STUDIES = {study.name: study for study in (
     Study(
         name="sd_detr",
         question="What do SD-DETR's parts add on Conditional DETR?",
-        first=SD_BACKBONE,
         common=f"{SD_COMMON} --lr 2e-3",
         variants={**SD_VARIANTS, "plain_lr_4": f"{CONDITIONAL} --lr 4e-3"},
         seeds=5,
         more_seeds={"plain_lr_4": 1},
-        measures=(measures.score_iou_correlation,),
-        columns={"correlation": "correlation of score and IoU"},
-        claims=SD_CLAIMS),
+        claims=SD_CLAIMS,
+        **SD_ALIKE),
     Study(
         name="sd_detr_lr1",
         question="The same at half the learning rate",
-        first=SD_BACKBONE,
         common=SD_COMMON,
         variants=SD_VARIANTS,
         seeds=5,
-        measures=(measures.score_iou_correlation,),
-        columns={"correlation": "correlation of score and IoU"},
-        claims=SD_CLAIMS),
+        claims=SD_CLAIMS,
+        **SD_ALIKE),
     Study(
         name="sd_controls",
         question="How much of it is the content, the points, the learning rate?",
-        first=SD_BACKBONE,
         common=SD_COMMON,
         variants={
             "plain": CONDITIONAL,
@@ -103,6 +101,5 @@ STUDIES = {study.name: study for study in (
         },
         seeds=3,
         more_seeds={"plain_lr_half": 2, "plain_lr_double": 2},
-        measures=(measures.score_iou_correlation,),
-        columns={"correlation": "correlation of score and IoU"}),
+        **SD_ALIKE),
 )}

@@ -6,14 +6,11 @@ On Conditional DETR the content of an anchor comes from the encoder's cell that 
 the port of SD-DETR gets the same, in place of a content that is learned for each rank.
 Its checkpoint can be read by this program alone.
 """
-import sys
-
-import torch
 import torch.nn.functional as F
 
 import train
 from detr_min import proposals
-from detr_min.run import registry
+from detr_min.run import ending, registry
 
 
 class CellQueries(proposals.TwoStageQueries):
@@ -32,13 +29,11 @@ class CellQueries(proposals.TwoStageQueries):
         content = memory.tokens.detach().gather(1, cell[..., None].expand(-1, -1, self.d_model))
         content = F.pad(content, (0, 0, 0, N - cell.shape[1]))                          # (B, N, D)
         pos, _ = self.embed(ref_boxes)
-        both = torch.stack([content, pos])[:, None].expand(-1, self.num_sets, -1, -1, -1)
-        return proposals.Queries(*both, ref_boxes, found)
+        sets = (self.num_sets, -1, -1, -1)
+        return proposals.Queries(content.expand(sets), pos.expand(sets), ref_boxes, found)
 
 
 if __name__ == "__main__":
     registry.QUERIES["deformable"]["two_stage"] = CellQueries
-    try:
+    with ending.in_a_sentence("studies.cell_content"):
         train.main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"studies.cell_content: {error}")

@@ -44,7 +44,10 @@ def curves(study, path):
 
 
 def gathered(study, path):
-    """[DAC Fig. 3]  queries per object above three thresholds: here above, the paper's below."""
+    """[DAC Fig. 3]  queries per object above three thresholds: here above, the paper's below.
+
+    Returns the figure.
+    """
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     panels = figure.subplots(2, len(THRESHOLDS), sharex="row")
     for (ours, theirs), threshold in zip(panels.T, THRESHOLDS):
@@ -66,3 +69,4 @@ def gathered(study, path):
     for axes in panels[:, -1]:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=200)
+    return figure

@@ -204,7 +204,7 @@ def difference(ours, base):
     gain, half = paired(ours, base)
     shared = ours.keys() & base.keys()
     wins = sum(ours[seed]["AP"] > base[seed]["AP"] for seed in shared)
-    return f"{signed(gain, half)}, {wins} of {len(shared)} seeds"
+    return f"{signed(gain, half)}, {wins} of {len(shared)} seed{'s' * (len(shared) != 1)}"
 
 
 def signed(gain, half):

@@ -6,11 +6,9 @@ DAC-DETR gives its one-to-many labels to a second pass without self-attention. H
 decoder's own predictions are trained one-to-one and one-to-many at once. Its checkpoint is that
 of a plain decoder.
 """
-import sys
-
 import train
 from detr_min import decoder_base
-from detr_min.run import registry
+from detr_min.run import ending, registry
 
 
 class OneStack(decoder_base.Decoder):
@@ -23,7 +21,5 @@ class OneStack(decoder_base.Decoder):
 
 if __name__ == "__main__":
     registry.DECODERS["deformable"]["deformable"] = OneStack
-    try:
+    with ending.in_a_sentence("studies.one_stack"):
         train.main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"studies.one_stack: {error}")

@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 
+from detr_min import attention
 from detr_min.data import dataset
 from detr_min.run import config
 from studies import __main__ as program
-from studies import catalogue, figures, harness, measures
+from studies import catalogue, cell_content, figures, harness, measures, one_stack
 
 ROOT = pathlib.Path(__file__).parent.parent
 STUDIES = list(catalogue.STUDIES.values())
@@ -185,6 +186,44 @@ def test_decoders_by_hand(monkeypatch):
                         ({"AP": len(network(torch.zeros(1), None).o_decoder[-1].boxes[0])}, ""))
     found = measures.decoders(Answers(), IMAGES)
     assert found == {"O_AP_nms": 2, "O_finds": 1, "C_AP_nms": 4, "C_AP": 4, "C_finds": 1.5}
+
+
+def test_the_plot_of_gathering_draws_what_was_watched(tmp_path, monkeypatch):
+    """Two seeds of one variant: the mean line goes through .5 and 2, the paper's stands below."""
+    study = A_STUDY._replace(watched=("plain", "idea"))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    (tmp_path / "x").mkdir()
+    for seed, numbers in enumerate(((0, 1), (1, 3))):
+        watched = [{"step": 50 * (i + 1), "above_0.6": n, "above_0.7": n, "above_0.8": n}
+                   for i, n in enumerate(numbers)]
+        (tmp_path / "x" / f"plain_{seed}.json").write_text(json.dumps(
+            {**result("plain", seed, .3), "watched": watched}))
+    (tmp_path / "x" / "plain_2.json").write_text(json.dumps(result("plain", 2, .3)))
+    figure = figures.gathered(study, tmp_path / "g.png")
+    ours, theirs = figure.axes[1], figure.axes[4]
+    [line] = ours.lines
+    assert line.get_label() == "plain (2 seeds)" and "0.7" in ours.get_title()
+    assert line.get_xydata().tolist() == [[50, .5], [100, 2]]
+    assert [len(line.get_xdata()) for line in theirs.lines] == [12, 12]
+
+
+def test_one_stack_trains_the_same_predictions_with_both_kinds_of_labels():
+    decoder = one_stack.OneStack(2, 8, 2, 1, 2, 16, 3)
+    decoder.o_decoder = lambda queries, memory: (queries, memory)
+    assert decoder.c_decoder("queries", "memory") == ("queries", "memory")
+
+
+def test_content_of_a_cell_query_is_its_cells_feature_without_gradient(generator):
+    """Two sets; the best cells, in their order; an image of fewer cells than queries gets zeros."""
+    tokens = torch.randn(1, 6, 8, generator=generator, requires_grad=True)
+    no_pad = torch.zeros(1, 6, dtype=torch.bool)
+    memory = attention.Memory(tokens, no_pad, [(2, 3)], torch.ones(1, 1, 2))
+    queries = cell_content.CellQueries(7, 8, 2, num_sets=2)
+    found = queries(memory)
+    order = found.proposals.logits[0, :, 0].argsort(descending=True)
+    assert found.content.shape == (2, 1, 7, 8) and not found.content.requires_grad
+    for content in found.content[:, 0]:
+        assert torch.equal(content, torch.cat([tokens[0, order], torch.zeros(1, 8)]))
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)

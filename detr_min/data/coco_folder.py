@@ -47,9 +47,9 @@ def read_picture(folder, image):
             if size in (stored, stored[::-1]):                  # else it need not be decoded
                 rgb = to_rgb(file if stored == size else ImageOps.exif_transpose(file))
     except Exception as error:                                  # Pillow raises many kinds
-        raise coco_json.DataError(f"{path} (image id {image['id']}) cannot be read "
-                        f"({str(error) or type(error).__name__}): an interrupted download?"
-                        ) from None
+        raise coco_json.DataError(
+            f"{path} (image id {image['id']}) cannot be read "
+            f"({str(error) or type(error).__name__}): an interrupted download?") from None
     if not rgb or rgb.size != size:
         raise coco_json.DataError(
             f"{path} (image id {image['id']}) has {stored[0]}x{stored[1]} pixels but "

@@ -112,7 +112,7 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, va
     image_ids = list(coco.imgs)
     if part.is_shared and len(image_ids) == 1:
         raise coco_json.DataError(f"{path} has 1 image, and there is no validation json: two "
-                                    "images are the least, one to train on and one to validate")
+                                  "images are the least, one to train on and one to validate")
     if part.is_shared:
         held = held_out(image_ids, val_share, seed)
         image_ids = [i for i in image_ids if (i in held) == (split == "val")]
@@ -124,7 +124,7 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, va
         of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
         rest = f" beside the {len(held)} held out for validation" if part.is_shared else ""
         raise coco_json.DataError(f"{path} has {len(image_ids)} images{of}{rest}; asked for "
-                                    f"{num_images or 'all'}")
+                                  f"{num_images or 'all'}")
     if num_images:
         order = torch.randperm(len(image_ids), generator=batches.generator(seed))
         image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
@@ -146,7 +146,7 @@ def chosen_categories(coco, class_names, path):
         near = difflib.get_close_matches(name, names, 1)
         hint = f", did you mean {near[0]!r}?" if near else "."
         raise coco_json.DataError(f"{path} has no class {name!r}{hint} It has: "
-                                    + ", ".join(names))
+                                  + ", ".join(names))
     return [{"id": category["id"], "name": category["name"]} for category in categories
             if not class_names or category["name"] in class_names]
 
@@ -172,6 +172,6 @@ def relabel(dataset, categories):
     unknown = [name for name in ids if ids[name] in used and name not in names]
     if unknown:
         raise coco_json.DataError("the images to evaluate hold objects of classes that were not "
-                                    f"trained: {', '.join(unknown)}; trained: {', '.join(names)}")
+                                  f"trained: {', '.join(unknown)}; trained: {', '.join(names)}")
     dataset.categories = [{"id": ids.get(name), "name": name} for name in names]
     dataset.label_of = {ids[name]: label for label, name in enumerate(names) if name in ids}

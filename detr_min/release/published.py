@@ -84,8 +84,9 @@ def their_name(name, last, table=NAMES):
 
 def categories(num_classes):
     """[{"id", "name"}], id = label; 91 classes are COCO's."""
-    return coco_json.all_ids() if num_classes == 91 else [{"id": i, "name": f"class {i}"}
-                                                            for i in range(num_classes)]
+    if num_classes == 91:
+        return coco_json.all_ids()
+    return [{"id": i, "name": f"class {i}"} for i in range(num_classes)]
 
 
 def kind_of(theirs):
