@@ -9,7 +9,7 @@ from detr_min.data import dataset
 from detr_min.run import config, registry
 from exercises.grading import handin
 
-STEPS = 60
+STEPS = 90
 
 
 def pytest_generate_tests(metafunc):
@@ -93,6 +93,6 @@ def test_a_tiny_detector_learns_through_it(target, request):
     for name, objects in found.items():
         for label, iou, score in objects:
             says = (f"after {STEPS} steps the {name}-Decoder's best query for object {label} has "
-                    f"IoU {iou} and score {score}, where .6 and .25 are little; of all objects "
+                    f"IoU {iou} and score {score}, where .6 and .4 are little; of all objects "
                     f"(label, IoU, score): {objects}")
-            assert iou > 0.6 and score > 0.25, says
+            assert iou > 0.6 and score > 0.4, says
