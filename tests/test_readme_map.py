@@ -40,7 +40,8 @@ def test_files_and_flags_that_the_readme_names_exist():
              for path in folder.glob("*.py")}
     assert set(re.findall(r"`(\w+\.py)`", README)) <= files
     known = {field.name for field in config.FLAGS} | {"help"}
-    known |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "eval.py").read_text()))
+    for program in (ROOT / "eval.py", ROOT / "studies" / "__main__.py"):
+        known |= set(re.findall(r'add_argument\("--(\w+)"', program.read_text()))
     assert set(re.findall(r"--(\w+)", README)) <= known
 
 
