@@ -3,6 +3,8 @@ python -m studies sd_detr                   # train what is missing, then table 
 python -m studies sd_detr --seeds 1         # fewer seeds
 python -m studies sd_detr --only plain,dfl  # some variants
 python -m studies sd_detr --dry             # table and plot of the json files that are there
+python -m studies bccd --coco DIR/bccd      # on a folder of real images
+python -m studies --all --quick             # does everything run? Minutes, into runs/quick
 
 A study's runs go to runs/studies/, its numbers to studies/results/NAME/*.json, its table to
 studies/results/NAME.md and its plot to studies/results/NAME.png. Flags that this program does not
@@ -21,6 +23,10 @@ def main(argv=None):
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=catalogue.STUDIES)
+    parser.add_argument("--all", action="store_true", help="every study")
+    parser.add_argument("--quick", action="store_true",
+                        help="a few steps and one seed, into runs/quick: does it work here?")
+    parser.add_argument("--coco", default="", help="folder of a study on real images, as bccd")
     parser.add_argument("--seeds", type=int, default=0, help="0: as many as the study asks for")
     parser.add_argument("--only", default="", help="variants, with commas; empty: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -28,25 +34,44 @@ def main(argv=None):
                         help="also train what has its json but no folder in runs/studies")
     parser.add_argument("--dry", action="store_true", help="train nothing")
     args, extra = parser.parse_known_args(argv)
-    if not args.study:
-        for study in catalogue.STUDIES.values():
-            print(f"{study.name:10} {study.question} ({len(study.variants)} variants, "
-                  f"{study.seeds} seeds)")
+    studies = list(catalogue.STUDIES.values())
+    if not args.all and not args.study:
+        for study in studies:
+            print(f"{study.name:11} {study.question} ({len(study.variants)} variants, "
+                  f"{study.seeds} seeds{', needs --coco' if study.real else ''})")
         return
+    if args.study:
+        studies = [catalogue.STUDIES[args.study]]
+        if set(args.only.split(",")) - {"", *studies[0].variants}:
+            parser.error(f"--only {args.only}: there are {', '.join(studies[0].variants)}")
+        if studies[0].real and not args.coco and not args.dry:
+            parser.error(f"{args.study} needs --coco DIR, the folder of its images")
     torch.set_num_threads(1)                    # the cores are the runs'
-    study = catalogue.STUDIES[args.study]
-    names = args.only.split(",") if args.only else list(study.variants)
-    if set(names) - study.variants.keys():
-        parser.error(f"--only {args.only}: there are {', '.join(study.variants)}")
-    if not args.dry:
-        harness.run(study, names, args.seeds, extra, args.jobs, args.again)
+    if args.quick:
+        folder, few = harness.QUICK
+        harness.RUNS, harness.RESULTS = folder / "runs", folder / "results"
+        args.seeds, extra = 1, [*few, *extra]
+    for study in studies:
+        if study.real and not args.coco and not args.dry:
+            print(f"{study.name} is left out: it needs --coco DIR")
+            continue
+        flags = [*extra, "--coco", args.coco] if study.real else extra
+        if not args.dry:
+            names = args.only.split(",") if args.only else list(study.variants)
+            harness.run(study, names, args.seeds, flags, args.jobs, args.again)
+        report(study)
+
+
+def report(study):
+    """Print the table of a study and write it and its plots, if a run of its own is through."""
+    if harness.results(study).keys() <= study.borrows.keys():
+        return
     text = harness.table(study)
     print(text)
-    if harness.results(study):
-        (harness.RESULTS / f"{study.name}.md").write_text(text + "\n")
-        figures.curves(study, harness.RESULTS / f"{study.name}.png")
-        if study.watched:
-            figures.gathered(study, harness.RESULTS / f"{study.name}_gathered.png")
+    (harness.RESULTS / f"{study.name}.md").write_text(text + "\n")
+    figures.curves(study, harness.RESULTS / f"{study.name}.png")
+    if study.watched:
+        figures.gathered(study, harness.RESULTS / f"{study.name}_gathered.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,21 @@ from studies import measures
 from studies.harness import Claim, Study
 
 PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
+CONSTANTS = {                       # variant -> what differs, as studies.constants reads it
+    "k_1": "matcher.one_to_many.k=1",
+    "k_3": "matcher.one_to_many.k=3",
+    "k_12": "matcher.one_to_many.k=12",
+    "t_0.2": "matcher.one_to_many.threshold=0.2",
+    "t_0.6": "matcher.one_to_many.threshold=0.6",
+    "printed": "matcher.match_quality.class_weight=1 matcher.match_quality.iou_weight=1 "
+               "matcher.one_to_many.threshold=0.8",
+    "points_1": "run.config.Recipe.__init__.num_points=1",
+    "points_8": "run.config.Recipe.__init__.num_points=8",
+}
+TARGETS = {
+    "tal_iou": "tal_loss.aligned_target.alpha=0 tal_loss.aligned_target.beta=1",
+    "tal_even": "tal_loss.aligned_target.alpha=0.5 tal_loss.aligned_target.beta=0.5",
+}
 SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
 SD_ALIKE = dict(
     first="--preset shapes --model deformable --size 96 --seed 1000",
@@ -54,6 +69,34 @@ STUDIES = {study.name: study for study in (
             Claim("the second decoder is needed: both kinds of labels on one decoder's "
                   "predictions do worse", "–", "dac", "one_stack"))),
     Study(
+        name="sensitivity",
+        question="How much do the constants of DAC-DETR matter? [DAC Eq. 4]",
+        common="--preset shapes --size 96",
+        variants={
+            "dac": "--model dac",
+            **dict.fromkeys(CONSTANTS, "--model dac"),
+            "first_layer": "--model dac_release",
+        },
+        seeds=3,
+        programs={name: f"studies.constants {words}" for name, words in CONSTANTS.items()},
+        borrows={"dac": "dac"}),
+    Study(
+        name="bccd",
+        question="What does the C-Decoder add on photographs of blood cells?",
+        common="--preset coco",
+        variants={
+            "plain": PLAIN,
+            "dac": "--model dac",
+            "dac_align": "--model dac --loss align",
+        },
+        seeds=3,
+        real=True,
+        measures=(measures.gathered, measures.decoders),
+        columns={"above_0.7": "queries per object above .7", "O_finds": "finds per object"},
+        claims=(
+            Claim("DAC-DETR beats Deformable DETR at equal steps", "+3.4 AP", "dac", "plain"),
+            Claim("Align's loss adds to DAC-DETR", "+0.9", "dac_align", "dac"))),
+    Study(
         name="port",
         question="Do SD-DETR's parts help on deformable attention?",
         common="--preset shapes --size 96",
@@ -83,15 +126,30 @@ STUDIES = {study.name: study for study in (
     Study(
         name="sd_detr_lr1",
         question="The same at half the learning rate",
-        common=SD_COMMON,
+        common=f"{SD_COMMON} --lr 1e-3",
         variants=SD_VARIANTS,
         seeds=5,
         claims=SD_CLAIMS,
         **SD_ALIKE),
     Study(
         name="sd_controls",
-        question="How much of it is the content, the points, the learning rate?",
-        common=SD_COMMON,
+        question="How much of it is the content, the points, the target of TAL?",
+        common=f"{SD_COMMON} --lr 2e-3",
+        variants={
+            "plain": CONDITIONAL,
+            "plain_zero": "--model conditional --queries anchors",
+            "plain_taq": "--model conditional --queries task_aware",
+            "plain_tal": SD_VARIANTS["plain_tal"],
+            **dict.fromkeys(TARGETS, SD_VARIANTS["plain_tal"]),
+        },
+        seeds=3,
+        programs={name: f"studies.constants {words}" for name, words in TARGETS.items()},
+        borrows={"plain": "sd_detr", "plain_tal": "sd_detr"},
+        **SD_ALIKE),
+    Study(
+        name="sd_controls_lr1",
+        question="How much was it at half the learning rate?",
+        common=f"{SD_COMMON} --lr 1e-3",
         variants={
             "plain": CONDITIONAL,
             "plain_zero": "--model conditional --queries anchors",

@@ -22,6 +22,7 @@ from detr_min.run import checkpoints, config, sets
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
 RUNS = ROOT / "runs" / "studies"
+QUICK = ROOT / "runs" / "quick", "--steps 30 --images 40".split()
 
 
 class Claim(NamedTuple):
@@ -41,7 +42,9 @@ class Study(NamedTuple):
     seeds: int
     more_seeds: dict = {}   # {variant: seeds} of those that get another number
     first: str = ""         # flags of a run whose backbone all variants start from
-    programs: dict = {}     # {variant: module that is run in place of train.py}
+    programs: dict = {}     # {variant: module that is run in place of train.py, and its words}
+    borrows: dict = {}      # {variant: study that trains it}
+    real: bool = False      # on the folder of --coco
     measures: tuple = ()    # functions of (model, dataset) -> dict, beside AP
     columns: dict = {}      # {a number of theirs: its column's title}
     watched: tuple = ()     # variants that stop at every sixth of the run, to be measured by
@@ -59,7 +62,7 @@ STOPS, WATCHED_SEEDS = 6, 2         # of a run that is watched; of a variant
 def command(program, *flags):
     """Run train.py, or a module, in a process of one thread; its output goes to the run's log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = ["train.py"] if program == "train.py" else ["-m", program]
+    start = ["train.py"] if program == "train.py" else ["-m", *program.split()]
     subprocess.run([sys.executable, *start, *flags], cwd=ROOT, env=environment, check=True,
                    stdout=subprocess.DEVNULL)
 
@@ -128,7 +131,7 @@ def run(study, names, seeds=0, extra=(), jobs=2, again=False):
     """
     start = []
     if study.first:
-        folder = RUNS / study.name / "backbone"
+        folder = RUNS / "_".join(study.first.replace("--", "").split())
         train(folder, [*study.first.split(), *extra])
         start = ["--init_from", str(folder / "backbone.pt")]
         if not (folder / "backbone.pt").exists():
@@ -144,6 +147,7 @@ def run(study, names, seeds=0, extra=(), jobs=2, again=False):
         return job, folder
 
     todo = sorted((seed, number, variant) for number, variant in enumerate(names)
+                  if variant not in study.borrows
                   for seed in range(seeds or study.seeds_of(variant))
                   if again or not (RESULTS / study.name / f"{variant}_{seed}.json").exists())
     todo = [(seed, variant) for seed, _, variant in todo]
@@ -163,11 +167,13 @@ def keep_backbone(folder):
 
 def results(study):
     """Read the json files of a study. -> {variant: {seed: content}}"""
-    found = {variant: {} for variant in study.variants}
-    for path in sorted((RESULTS / study.name).glob("*.json")):
-        content = json.loads(path.read_text())
-        found[content["variant"]][content["seed"]] = content
-    return {variant: seeds for variant, seeds in found.items() if seeds}
+    found = {}
+    for variant in study.variants:
+        folder = RESULTS / study.borrows.get(variant, study.name)
+        for content in map(json.loads, map(pathlib.Path.read_text, folder.glob("*.json"))):
+            if content["variant"] == variant:
+                found.setdefault(variant, {})[content["seed"]] = content
+    return found
 
 
 def paired(ours, base):
@@ -222,7 +228,7 @@ def table(study):
     """The Markdown table of a study, from its json files, and its claims' with their verdicts."""
     found = results(study)
     base = found.get(next(iter(study.variants)), {})
-    titles = ["variant", "flags of train.py", "seeds", "AP of each seed", "AP", "AP50", "AP75",
+    titles = ["variant", "flags", "seeds", "AP of each seed", "AP", "AP50", "AP75",
               *study.columns.values(), "AP against the first row", "CPU-ms per step",
               "M parameters"]
     rows = [f"| {' | '.join(titles)} |",
@@ -230,7 +236,9 @@ def table(study):
     for variant, runs in found.items():
         gain, half = paired(runs, base)
         cost = statistics.mean(1000 * r["cpu_seconds"] / r["steps"] for r in runs.values())
-        cells = [variant, f"`{study.variants[variant]}`", str(len(runs)),
+        program = study.programs.get(variant, "")
+        cells = [variant, f"`{program} {study.variants[variant]}`".replace("` ", "`"),
+                 str(len(runs)),
                  " ".join(format(runs[seed]["AP"], ".3f") for seed in sorted(runs)),
                  *(mean(runs, name) for name in ("AP", "AP50", "AP75", *study.columns)),
                  "" if gain is None or runs is base else signed(gain, half), f"{cost:.0f}",

@@ -1,0 +1,42 @@
+"""train.py, with other constants in the papers' equations.
+
+    python -m studies.constants matcher.one_to_many.k=1 --preset shapes
+
+A constant is the default of a function's argument: detr_min's module, the function, the argument.
+Several stand one behind the other. No checkpoint holds them: a resumed run needs them again.
+"""
+import inspect
+import pkgutil
+import sys
+
+import train
+from detr_min.run import ending
+
+
+def put(word):
+    """Give an argument of a function another default.
+
+    Args:
+        word  `matcher.one_to_many.k=1`
+    Raises:
+        ValueError: there is no such argument, or it has no default, or the value is no number
+    """
+    place, _, value = word.partition("=")
+    path, _, argument = place.rpartition(".")
+    try:
+        function = pkgutil.resolve_name(f"detr_min.{path}")
+        names, defaults = list(inspect.signature(function).parameters), function.__defaults__
+        number = names.index(argument) - len(names) + len(defaults)
+        kind = type(defaults[number]) if number >= 0 else None
+        new = kind(value)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{word}: it must be like matcher.one_to_many.k=1, an argument that has a "
+                         f"default and its new value ({error})") from error
+    function.__defaults__ = *defaults[:number], new, *defaults[number + 1:]
+
+
+if __name__ == "__main__":
+    with ending.in_a_sentence("studies.constants"):
+        while sys.argv[1:] and not sys.argv[1].startswith("-"):
+            put(sys.argv.pop(1))
+        train.main()
