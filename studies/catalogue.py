@@ -109,6 +109,7 @@ STUDIES = {study.name: study for study in (
         },
         seeds=3,
         programs={"plain_cells": "studies.cell_content", "dfl_cells": "studies.cell_content"},
+        borrows={"plain": "dac"},
         claims=(
             Claim("DFL helps on deformable attention", "–", "dfl", "plain"),
             Claim("so does the whole of SD-DETR", "–", "sd_detr", "plain"),
