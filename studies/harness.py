@@ -219,9 +219,9 @@ def signed(gain, half):
 
 
 def mean(runs, name):
-    """The mean of a number over seeds, n/a where a run has none."""
-    values = [run.get(name) for run in runs.values()]
-    return "n/a" if None in values else f"{statistics.mean(values):.3f}"
+    """The mean of a number over the seeds that have it, n/a if none has."""
+    values = [run[name] for run in runs.values() if run.get(name) is not None]
+    return f"{statistics.mean(values):.3f}" if values else "n/a"
 
 
 def table(study):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detr_min import attention, matcher, tal_loss
-from detr_min.data import dataset
+from detr_min.data import dataset, transforms
 from detr_min.run import config
 from studies import __main__ as program
 from studies import (catalogue, cell_content, constants, figures, harness, measures,
@@ -170,6 +170,27 @@ IMAGES = [(torch.zeros(3, 32, 32), TARGET)]
 def test_correlation_by_hand():
     """Scores .9 and .6 with IoU 1 and .5: two points lie on a rising line."""
     assert measures.score_iou_correlation(Answers(), IMAGES) == {"correlation": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize("right_class, AP", [(True, 1.0), (False, 0.0)])
+def test_ranked_by_iou_by_hand(monkeypatch, right_class, AP):
+    """Each object is found twice, exactly with score .2 and half with .9: the exact one counts.
+
+    A third query of no object comes last, whatever its score. With the class wrong nothing counts.
+    """
+    data = dataset.open_shapes("val", transforms.resize(64, 64), 3, 64)
+
+    def answers(model, dataset):
+        for _, target in dataset:
+            half = target.boxes * torch.tensor([1, 1, .5, .5])
+            labels = target.labels if right_class else (target.labels + 1) % 4
+            logits = torch.nn.functional.one_hot(torch.cat([labels, labels, labels[:1]]), 4) * 9.0
+            logits -= torch.tensor([10.0] * len(labels) + [7.0] * (len(labels) + 1))[:, None]
+            nothing = torch.tensor([[.02, .02, .01, .01]])
+            yield logits, torch.cat([target.boxes, half, nothing]), target
+
+    monkeypatch.setattr(measures, "answers", answers)
+    assert measures.ranked_by_iou(None, data) == {"ranked_AP": AP}
 
 
 def test_gathered_by_hand():
