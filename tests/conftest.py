@@ -34,6 +34,15 @@ def coco_sample():
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """A run's pictures are empty files, as drawing them takes longer than a few steps."""
+    from detr_min.run import draw       # not above: few tests draw, and matplotlib is large
+    for name, place in (("curves", 1), ("predictions", 2)):
+        monkeypatch.setattr(draw, name, lambda *args, place=place, **words: open(
+            args[place], "w").close())
+
+
+@pytest.fixture
 def generator():
     """Chance that is the same in every run."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ def test_what_is_due_and_when(tmp_path, steps, times, due):
     assert [step for step in range(1, steps + 1) if run.is_due(step, times)] == due
 
 
-def test_the_best_model_is_kept(tmp_path, monkeypatch):
+def test_the_best_model_is_kept(tmp_path, monkeypatch, no_pictures):
     """best.pt holds the weights of the highest AP, last.pt those of the last save."""
     scores = iter([0.2, 0.5, None, 0.4])
     names = ("AP", "AP50", "AP75")
@@ -36,7 +36,8 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch):
     assert [line["val"]["AP"] for line in lines] == [0.2, 0.5, None, 0.4]
 
 
-def test_a_resumed_run_still_knows_its_earlier_validations(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_still_knows_its_earlier_validations(tmp_path, monkeypatch, capsys,
+                                                           no_pictures):
     """Whether AP was rising is said from the log, which is cut to the step that was saved."""
     scores = iter([0.2, 0.9, 0.3, 0.3, 0.3, 0.3])       # 0.9 comes after the save, and is undone
     monkeypatch.setattr(loop.evaluate, "evaluate", lambda *args, **words: (
