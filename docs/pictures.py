@@ -300,6 +300,84 @@ def gathering(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5,
     return save(figure, out_png)
 
 
+def features(model, image):
+    """Features (N, D) of the queries in three stages, the first boxes, and two Predictions (N, .).
+
+    Before the decoder they are content + position, which is what attention sees; after the C- and
+    the O-Decoder, what the last layer's heads see and make predictions of.
+    """
+    seen = []
+    handle = model.decoder.class_heads[-1].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0][0]))
+    o, c, queries = answers(model, image)
+    handle.remove()
+    after_o, after_c = seen
+    return ([queries.content[0, 0] + queries.pos[0, 0], after_c, after_o], queries.ref_boxes[0],
+            *(boxes.Predictions(p[-1].logits[0], p[-1].boxes[0]) for p in (c, o)))
+
+
+def main_plane(points):
+    """Find the axes of most spread of (N, D): a function that projects others to two, (M, 2)."""
+    centre = points.mean(0)
+    axes = torch.linalg.svd(points - centre, full_matrices=False)[2][:2]
+    return lambda others: (others - centre) @ axes.T
+
+
+def features_in_a_plane(model, dataset, out_png, index=5, num_images=NUM_IMAGES, near=0.5):
+    """(h) [DAC Fig. 1]  The features of all queries of an image, before and after the decoders.
+
+    A query has an object's colour if its box overlaps it by IoU >= `near`; a star is the query of
+    the highest score for it among these. The two planes on the right are one: the main axes of both
+    decoders' features. The heading has the mean distance, in all dimensions, between the star and
+    an object's other queries.
+    """
+    stages = "before the decoder", "after the C-Decoder", "after the O-Decoder"
+
+    def stars(target, predicted):
+        """Which queries are near which object (N, M), and the best of each (M,)."""
+        is_near = boxes.iou(predicted.boxes, target.boxes) >= near
+        return is_near, (predicted.logits[:, target.labels].sigmoid() * is_near).argmax(0)
+    totals = torch.zeros(2, 2)                              # of distances, and how many there are
+    for i in range(min(num_images, len(dataset))):
+        image, target = dataset[i]
+        (_, *after), _, *predicted = features(model, image)
+        for row, x, (is_near, best) in zip(totals, after, (stars(target, p) for p in predicted)):
+            others = is_near.scatter(0, best[None], False)
+            row += torch.stack([(torch.cdist(x, x[best]) * others).sum(), others.sum()])
+    distance_c, distance_o = (totals[:, 0] / totals[:, 1]).tolist()
+    image, target = dataset[index]
+    found, ref_boxes, *predicted = features(model, image)
+    project = main_plane(torch.cat(found[1:]))
+    planes = [main_plane(found[0])(found[0]), project(found[1]), project(found[2])]
+    figure, row = panels(3, 3.1)
+    nearby = [(boxes.iou(ref_boxes, target.boxes) >= near, None),
+              *(stars(target, p) for p in predicted)]
+    for axes, name, xy, (is_near, best) in zip(row, stages, planes, nearby):
+        axes.plot(*xy.T, marker="o", linestyle="", markersize=3, color="lightgrey")
+        for gt in range(len(target.labels)):
+            axes.plot(*xy[is_near[:, gt]].T, **DOT, markersize=5, color=draw.colour_of(gt))
+        for gt in is_near.any(0).nonzero()[:, 0].tolist() if best is not None else ():
+            axes.plot(*xy[best[gt]], **{**DOT, "marker": "*"}, markersize=12,
+                      color=draw.colour_of(gt))
+        axes.set_title(name, fontsize=9)
+        axes.set(xticks=[], yticks=[])
+    both = torch.cat(planes[1:])
+    for axes in row[1:]:
+        margin = 0.08 * (both.amax(0) - both.amin(0))
+        low, high = (both.amin(0) - margin).tolist(), (both.amax(0) + margin).tolist()
+        axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    legend(figure, [
+        Line2D([], [], **{**DOT, "marker": "*"}, markersize=10, color="white",
+               label="the query that scores highest for an object"),
+        Line2D([], [], **DOT, color="white", label=f"another near it (IoU ≥ {near:g})"),
+        Line2D([], [], marker="o", linestyle="", markersize=3, color="lightgrey",
+               label="near no object")], columns=3)
+    figure.suptitle(f"distance of an object's other queries from the star, mean over {num_images} "
+                    f"images:\n{distance_c:.1f} after the C-Decoder, {distance_o:.1f} after the "
+                    "O-Decoder", fontsize=9)
+    return save(figure, out_png)
+
+
 def assignments(model, dataset, out_png, index=5):
     """(d) Which queries are taught by which object: one-to-one, and one-to-many."""
     image, target = dataset[index]
@@ -478,6 +556,7 @@ def main(argv=None):
     if "dac" in found:
         layers_of_a_query(*found["dac"], out / "layers.png")
         gathering(*found["dac"], out / "gathering.png")
+        features_in_a_plane(*found["dac"], out / "features.png")
         assignments(*found["dac"], out / "assignments.png")
         chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
         if chromium:

@@ -403,6 +403,54 @@ def test_bars_of_queries_that_left_the_object_are_pale(tmp_path, dataset, monkey
         [1, 1], [1, 0.3]]
 
 
+def test_features_are_what_the_last_heads_see(dataset):
+    detector, image = tiny("dac"), dataset[0][0]
+    (before, c, o), ref_boxes, predicted_c, predicted_o = pictures.features(detector, image)
+    _, _, queries = pictures.answers(detector, image)
+    assert torch.equal(before, queries.content[0, 0] + queries.pos[0, 0])
+    assert torch.equal(ref_boxes, queries.ref_boxes[0])
+    for x, predicted in ((c, predicted_c), (o, predicted_o)):
+        with torch.no_grad():
+            torch.testing.assert_close(detector.decoder.class_heads[-1](x), predicted.logits)
+    assert not torch.equal(c, o)
+
+
+def test_the_plane_of_features_is_that_of_most_spread():
+    """Points along x by 4, along z by 2, along y by 1: the axes are x and z, up to sign."""
+    points = torch.tensor([[4., 0, 0], [-4, 0, 0], [0, 0, 2], [0, 0, -2], [0, 1, 0], [0, -1, 0]])
+    xy = pictures.main_plane(points + 7)(points + 7)
+    torch.testing.assert_close(xy.abs(), points[:, [0, 2]].abs())
+
+
+def test_stars_are_the_best_queries_and_distances_go_from_them(tmp_path, dataset, monkeypatch):
+    """Two queries on the largest object; the second scores higher. 5 apart after C, 13 after O.
+
+    The other queries are near nothing, and objects that no query is near have neither dot nor star.
+    """
+    image, target = dataset[0]
+    [gt] = pictures.largest(target, 1)
+
+    def features(model, image):
+        here, away = target.boxes[gt], torch.tensor([.02, .02, .01, .01])
+        pred_boxes = torch.stack([here, here, away, away])
+        logits = torch.tensor([0., 1, 5, 5])[:, None].expand(4, 4)
+        after_c = torch.tensor([[0., 0, 0], [3, 4, 0], [9, 9, 9], [8, 9, 9]])
+        after_o = torch.tensor([[0., 0, 0], [5, 12, 0], [9, 9, 9], [8, 9, 9]])
+        predicted = boxes.Predictions(logits, pred_boxes)
+        return [after_c, after_c, after_o], pred_boxes, predicted, predicted
+    monkeypatch.setattr(pictures, "features", features)
+    figure = pictures.features_in_a_plane(None, dataset, tmp_path / "a.png", 0, num_images=1)
+    check_png(tmp_path / "a.png", figure)
+    assert "5.0 after the C-Decoder, 13.0 after the O-Decoder" in figure.get_suptitle()
+    before, *after = figure.axes
+    assert not [line for line in before.lines if line.get_marker() == "*"]
+    project = pictures.main_plane(torch.cat(features(None, image)[0][1:]))
+    for axes, x in zip(after, features(None, image)[0][1:]):
+        [star] = [line for line in axes.lines if line.get_marker() == "*"]
+        assert star.get_xydata()[0] == pytest.approx(project(x[1:2])[0].tolist())
+        assert axes.get_xlim() == after[0].get_xlim() and axes.get_ylim() == after[0].get_ylim()
+
+
 def test_answers_are_those_of_the_model_itself(dataset):
     detector, image = tiny("dac"), dataset[0][0]
     o, c, _ = pictures.answers(detector, image)
