@@ -12,7 +12,7 @@ from PIL import Image
 import eval as program
 import train
 from detr_min.data import coco_json, shapes
-from detr_min.run import checkpoints, config, evaluate, registry, sets
+from detr_min.run import checkpoints, config, draw, evaluate, registry, sets
 
 
 def two_steps(folder, *more):
@@ -21,6 +21,8 @@ def two_steps(folder, *more):
     patch.setattr(sets, "NUM_VAL_SHAPES", 4)
     words = "train.py --images 4 --batch 2 --size 64 --steps 2 --device cpu --out"
     patch.setattr(sys, "argv", [*words.split(), str(folder), *more])
+    for name in ("curves", "predictions"):
+        patch.setattr(draw, name, lambda *args, **words: None)
     tables = []
     run_it = evaluate.evaluate
     patch.setattr(evaluate, "evaluate", lambda *a, **k: tables.append(run_it(*a, **k))
@@ -53,7 +55,12 @@ def photo(path, size=(90, 60), mode="RGB", seed=0):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
-@pytest.mark.parametrize("which", ["run", "sd_run"])
+SD_SLOW, RUN_SLOW = (
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == slow)) for name in ("run", "sd_run")]
+    for slow in ("sd_run", "run"))
+
+
+@pytest.mark.parametrize("which", SD_SLOW)
 def test_a_run_gives_its_own_table_again(which, request, capsys):
     folder, table = request.getfixturevalue(which)
     capsys.readouterr()                                         # what the training printed
@@ -131,7 +138,7 @@ def test_no_readable_photo_is_an_error(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("which", ["run", "sd_run"])
+@pytest.mark.parametrize("which", SD_SLOW)
 def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
     photo(tmp_path / "a.png")
     program.main([str(request.getfixturevalue(which)[0]), "--points", str(tmp_path / "a.png"),
@@ -144,7 +151,7 @@ def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
     assert len(rows) == 3 and {row["label"] for row in rows} <= set(shapes.CLASSES)
 
 
-@pytest.mark.parametrize("which", ["run", "sd_run"])
+@pytest.mark.parametrize("which", RUN_SLOW)
 def test_pages_of_a_photo_and_of_a_validation_image(which, request, tmp_path, capsys):
     """Digits are an image's id, of the run's set or of --coco's; its objects come with it."""
     photo(tmp_path / "a.png")
