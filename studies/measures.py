@@ -1,4 +1,5 @@
 """What a study measures of a trained model, beside AP. Each is a function of (model, dataset)."""
+import collections
 import copy
 import functools
 import statistics
@@ -51,6 +52,24 @@ def ranked_by_iou(model, dataset):
     metrics, _ = evaluate.coco_metrics(dataset.coco, dataset.image_ids, results,
                                        dataset.categories)
     return {"ranked_AP": metrics["AP"]}
+
+
+def best_boxes_recall(model, dataset):
+    """Whether the best boxes have high scores: recall of the best regressed samples [Align-DETR].
+
+    Best regressed is, for each of an image's M objects, the query of the highest IoU with it. The
+    recall is the share of these among the M, 2 M and 5 M queries of the highest score of any class,
+    over all images. Returns {"recall_1": a number, "recall_2", "recall_5"}
+    """
+    counts = collections.Counter()
+    for logits, pred_boxes, target in answers(model, dataset):
+        if M := len(target.labels):
+            best = set(boxes.iou(pred_boxes, target.boxes).argmax(0).tolist())
+            order = logits.amax(1).argsort(descending=True, stable=True).tolist()
+            counts["all"] += len(best)
+            for factor in (1, 2, 5):
+                counts[factor] += len(best.intersection(order[:factor * M]))
+    return {f"recall_{factor}": counts[factor] / counts["all"] for factor in (1, 2, 5)}
 
 
 def gathered(model, dataset):

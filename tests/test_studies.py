@@ -193,6 +193,24 @@ def test_ranked_by_iou_by_hand(monkeypatch, right_class, AP):
     assert measures.ranked_by_iou(None, data) == {"ranked_AP": AP}
 
 
+def test_recall_of_the_best_boxes_by_hand():
+    """Four queries, two objects. The first and the second fit exactly; scores .9, .6, .8, .2.
+
+    Of the two best boxes one is among the two highest scores, both are among the four.
+    """
+    class Repeats(Answers.Decoder):
+        def o_decoder(self, queries, memory):
+            exact = [(.3, .3, .2, .2, .9), (.7, .7, .2, .2, .6)]
+            return [*exact, (.3, .3, .2, .1, .8), (.7, .7, .2, .1, .2)]
+
+    model = Answers()
+    model.decoder = Repeats()
+    blank = (torch.zeros(3, 32, 32), TARGET._replace(labels=TARGET.labels[:0],
+                                                     boxes=TARGET.boxes[:0]))
+    assert measures.best_boxes_recall(model, [*IMAGES, blank]) == {
+        "recall_1": 0.5, "recall_2": 1.0, "recall_5": 1.0}
+
+
 def test_gathered_by_hand():
     """Match qualities .3 * .9 + .7 * 1 = .97 and .3 * .6 + .7 * .5 = .53."""
     assert measures.gathered(Answers(), IMAGES) == {"above_0.6": .5, "above_0.7": .5,
