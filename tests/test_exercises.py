@@ -133,7 +133,8 @@ def test_a_stub_fails_with_a_sentence(tmp_path, module):
 # --- graders are graded ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("answer", ["the package's", "tests/answers"])
+@pytest.mark.parametrize("answer", [pytest.param("the package's", marks=pytest.mark.slow),
+                                    "tests/answers"])
 def test_right_answers_pass(tmp_path, function, answer):
     folder = ROOT / answer
     if answer == "the package's":
@@ -167,9 +168,12 @@ ALSO_WRONG = [      # wrong in ways that no test of exercise 12 has to notice
                 "raise ValueError(", "raise RuntimeError("),
 ]
 ASKED = [mutant for mutant in bank.MUTANTS + ALSO_WRONG if mutant.function in FUNCTIONS]
+FIRST = {mutant.function: mutant for mutant in reversed(ASKED)}.values()
+SOME_SLOW = [pytest.param(mutant, marks=[pytest.mark.slow] * (mutant not in [*FIRST, *ALSO_WRONG]))
+             for mutant in ASKED]
 
 
-@pytest.mark.parametrize("mutant", ASKED, ids=lambda m: f"{m.function}: {m.mistake}")
+@pytest.mark.parametrize("mutant", SOME_SLOW, ids=lambda m: f"{m.function}: {m.mistake}")
 def test_wrong_answers_fail(tmp_path, mutant):
     folder = hand_in(tmp_path, mutant.function, mutant.source())
     status, tally, text = grade(mutant.function, folder, UNTRAINED, "-x")
