@@ -243,6 +243,13 @@ def program(*words, processes=1, script=ROOT / "train.py"):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def test_the_program_ends_in_a_sentence(tmp_path):
+    run = program("--coco", tmp_path / "nothing", "--out", tmp_path / "run")
+    error = run.communicate(timeout=120)[1]
+    assert run.returncode == 1 and error.startswith("train.py: ") and "Traceback" not in error
+    assert str(tmp_path / "nothing") in error and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], *EACH_PART_OF_SD_DETR], ids=" ".join)
 def test_two_processes_do_what_one_does(words, tmp_path):
