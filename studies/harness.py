@@ -22,7 +22,7 @@ from detr_min.run import checkpoints, config, sets
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "studies" / "results"
 RUNS = ROOT / "runs" / "studies"
-QUICK = ROOT / "runs" / "quick", "--steps 30 --images 40".split()
+QUICK = ROOT / "runs" / "quick", "--steps 8 --images 40 --size 64 --batch 2".split()
 
 
 class Claim(NamedTuple):

@@ -267,6 +267,8 @@ def test_export(base, name, queries, layers):
     assert_same(exported(images, is_pad), as_traced(detector, images, is_pad))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.5."),
+                    reason="the compiler of torch 2.5 does not know _replace of a named tuple")
 @pytest.mark.parametrize("base, name, queries, layers", VARIANTS[1:])
 @torch.no_grad()
 def test_compile(base, name, queries, layers):
