@@ -173,10 +173,10 @@ def test_correlation_by_hand():
 
 
 @pytest.mark.parametrize("right_class, AP", [(True, 1.0), (False, 0.0)])
-def test_ranked_by_iou_by_hand(monkeypatch, right_class, AP):
-    """Each object is found twice, exactly with score .2 and half with .9: the exact one counts.
+def test_boxes_alone_by_hand(monkeypatch, right_class, AP):
+    """Each object is found exactly with a score of .3, half with .9, and once more exactly.
 
-    A third query of no object comes last, whatever its score. With the class wrong nothing counts.
+    The exact box counts, once; a query of no object does not. With the class wrong nothing counts.
     """
     data = dataset.open_shapes("val", transforms.resize(64, 64), 3, 64)
 
@@ -184,13 +184,13 @@ def test_ranked_by_iou_by_hand(monkeypatch, right_class, AP):
         for _, target in dataset:
             half = target.boxes * torch.tensor([1, 1, .5, .5])
             labels = target.labels if right_class else (target.labels + 1) % 4
-            logits = torch.nn.functional.one_hot(torch.cat([labels, labels, labels[:1]]), 4) * 9.0
-            logits -= torch.tensor([10.0] * len(labels) + [7.0] * (len(labels) + 1))[:, None]
+            logits = torch.nn.functional.one_hot(torch.cat([labels] * 3 + [labels[:1]]), 4) * 9.0
+            logits -= torch.tensor([10.0] * len(labels) + [7.0] * (2 * len(labels) + 1))[:, None]
             nothing = torch.tensor([[.02, .02, .01, .01]])
-            yield logits, torch.cat([target.boxes, half, nothing]), target
+            yield logits, torch.cat([target.boxes, half, target.boxes, nothing]), target
 
     monkeypatch.setattr(measures, "answers", answers)
-    assert measures.ranked_by_iou(None, data) == {"ranked_AP": AP}
+    assert measures.boxes_alone(None, data) == {"boxes_AP": AP}
 
 
 def test_recall_of_the_best_boxes_by_hand():
