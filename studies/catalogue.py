@@ -18,6 +18,9 @@ TARGETS = {
     "tal_iou": "tal_loss.aligned_target.alpha=0 tal_loss.aligned_target.beta=1",
     "tal_even": "tal_loss.aligned_target.alpha=0.5 tal_loss.aligned_target.beta=0.5",
 }
+DECODERS = {"above_0.7": "queries per object above .7", "O_AP_nms": "AP after NMS",
+            "O_finds": "finds per object", "C_AP": "C-Decoder's AP",
+            "C_AP_nms": "its AP after NMS", "C_finds": "its finds per object"}
 SD_COMMON = "--preset shapes_conditional --slow_lr 0 --steps 1000"
 SD_ALIKE = dict(
     first="--preset shapes --model deformable --size 96 --seed 1000",
@@ -61,7 +64,7 @@ STUDIES = {study.name: study for study in (
         more_seeds={"plain": 8, "dac": 8},
         programs={"one_stack": "studies.one_stack"},
         measures=(measures.gathered, measures.decoders),
-        columns={"above_0.7": "queries per object above .7", "O_finds": "finds per object"},
+        columns=DECODERS,
         watched=("plain", "dac"),
         watch=measures.gathered,
         claims=(
@@ -95,7 +98,7 @@ STUDIES = {study.name: study for study in (
         seeds=3,
         real=True,
         measures=(measures.gathered, measures.decoders),
-        columns={"above_0.7": "queries per object above .7", "O_finds": "finds per object"},
+        columns=DECODERS,
         claims=(
             Claim("DAC-DETR beats Deformable DETR at equal steps", "+3.4 AP", "dac", "plain"),
             Claim("Align's loss adds to DAC-DETR", "+0.9", "dac_align", "dac"))),

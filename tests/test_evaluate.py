@@ -1,5 +1,4 @@
 """detr_min/evaluate.py: detections worked by hand, and COCO's AP where its value is known."""
-import sys
 
 import pytest
 import torch
@@ -422,8 +421,7 @@ def one_process(rank, folder):
 
 
 def test_two_processes_share_the_images_and_agree(tmp_path):
-    start = "fork" if sys.platform == "linux" else "spawn"      # which imports all of torch anew
-    torch.multiprocessing.start_processes(one_process, (str(tmp_path),), 2, start_method=start)
+    torch.multiprocessing.spawn(one_process, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["seen"] == [0, 2, 4, 6] and second["seen"] == [1, 3, 5]
     assert sorted(first["counted"]) == list(ONE_EACH) and second["counted"] == []

@@ -123,7 +123,7 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path):
     """And config.json stays the first one's. It is free once that one has ended."""
     pytest.importorskip("fcntl", reason="no locks here")
     run = begin(tmp_path / "run", seed=7)
-    with multiprocessing.get_context("fork").Pool(1) as another:
+    with multiprocessing.get_context("spawn").Pool(1) as another:
         with pytest.raises(ValueError, match="another process trains in .*take another --out"):
             another.apply(taken, (tmp_path / "run",))
         stored = json.loads((tmp_path / "run" / "config.json").read_text())
