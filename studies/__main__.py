@@ -4,7 +4,7 @@ python -m studies sd_detr --seeds 1         # fewer seeds
 python -m studies sd_detr --only plain,dfl  # some variants
 python -m studies sd_detr --dry             # table and plot of the json files that are there
 python -m studies bccd --coco DIR/bccd      # on a folder of real images
-python -m studies --all --quick             # does everything run? Minutes, into runs/quick
+python -m studies --all --quick             # does everything run? Into runs/quick
 
 A study's runs go to runs/studies/, its numbers to studies/results/NAME/*.json, its table to
 studies/results/NAME.md and its plot to studies/results/NAME.png. Flags that this program does not

@@ -35,6 +35,11 @@ SD_VARIANTS = {
     "plain_tal": f"{CONDITIONAL} --loss tal",
     "split": "--model split --queries anchor_cells",
 }
+SD_CONTROLS = {
+    "plain": CONDITIONAL,
+    "plain_zero": "--model conditional --queries anchors",
+    "plain_taq": "--model conditional --queries task_aware",
+}
 SD_CLAIMS = (
     Claim("SD-DETR beats Conditional DETR [SD Table 1]", "+7.3 AP in 12 epochs, +4.5 in 50",
           "sd_detr", "learned"),
@@ -144,9 +149,7 @@ STUDIES = {study.name: study for study in (
         question="How much of it is the content, the points, the target of TAL?",
         common=f"{SD_COMMON} --lr 2e-3",
         variants={
-            "plain": CONDITIONAL,
-            "plain_zero": "--model conditional --queries anchors",
-            "plain_taq": "--model conditional --queries task_aware",
+            **SD_CONTROLS,
             "plain_tal": SD_VARIANTS["plain_tal"],
             **dict.fromkeys(TARGETS, SD_VARIANTS["plain_tal"]),
         },
@@ -159,9 +162,7 @@ STUDIES = {study.name: study for study in (
         question="How much was it at half the learning rate?",
         common=f"{SD_COMMON} --lr 1e-3",
         variants={
-            "plain": CONDITIONAL,
-            "plain_zero": "--model conditional --queries anchors",
-            "plain_taq": "--model conditional --queries task_aware",
+            **SD_CONTROLS,
             "plain_lr_half": f"{CONDITIONAL} --lr 5e-4",
             "plain_lr_double": f"{CONDITIONAL} --lr 2e-3",
         },
