@@ -37,7 +37,7 @@ def main(argv=None):
     studies = list(catalogue.STUDIES.values())
     if not args.all and not args.study:
         for study in studies:
-            print(f"{study.name:11} {study.question} ({len(study.variants)} variants, "
+            print(f"{study.name:15} {study.question} ({len(study.variants)} variants, "
                   f"{study.seeds} seeds{', needs --coco' if study.real else ''})")
         return
     if args.study:
