@@ -137,6 +137,15 @@ STUDIES = {study.name: study for study in (
         claims=SD_CLAIMS,
         **SD_ALIKE),
     Study(
+        name="sd_detr_long",
+        question="The same with twice the steps",
+        common="--preset shapes_conditional --slow_lr 0 --steps 2000 --lr 2e-3",
+        variants={**SD_VARIANTS, "plain_longer": f"{CONDITIONAL} --steps 3000"},
+        seeds=3,
+        more_seeds={"plain_longer": 1},
+        claims=SD_CLAIMS,
+        **SD_ALIKE),
+    Study(
         name="sd_detr_lr1",
         question="The same at half the learning rate",
         common=f"{SD_COMMON} --lr 1e-3",
