@@ -320,6 +320,7 @@ def test_images_without_objects_are_a_normal_case(name, queries, empty):
         assert detector.label_embed.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_noise_is_restored_better_after_some_training():
     """Two images, 60 steps: the denoised boxes come closer than the noisy ones were."""
     torch.manual_seed(0)

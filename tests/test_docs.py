@@ -222,15 +222,27 @@ def edited(text, diff):
     return text.replace(old, new)
 
 
-def test_every_idea_builds_and_trains(tmp_path):
-    """A copy of the package with all edits of researcher.md takes a step with both decoders."""
+@pytest.fixture
+def with_ideas(tmp_path):
+    """A folder with a copy of the package in which all edits of researcher.md are made."""
     shutil.copytree(ROOT / "detr_min", tmp_path / "detr_min")
     for file, diff in blocks_of("researcher", "diff"):
         path = tmp_path / file
         path.write_text(edited(path.read_text(), diff))
     [(file, code)] = blocks_of("researcher", "python")
     (tmp_path / file).write_text(code)
-    (tmp_path / "step.py").write_text(f"""if True:
+    return tmp_path
+
+
+def test_every_edit_of_an_idea_fits_one_place(with_ideas):
+    for path in with_ideas.rglob("*.py"):
+        compile(path.read_text(), path, "exec")
+
+
+@pytest.mark.slow
+def test_every_idea_builds_and_trains(with_ideas):
+    """The copy takes a step with both decoders."""
+    (with_ideas / "step.py").write_text(f"""if True:
         import torch
         from detr_min import criterion
         from detr_min.data import batches, dataset, transforms
@@ -255,7 +267,7 @@ def test_every_idea_builds_and_trains(tmp_path):
                         for layer in detector.decoder.layers]
                 assert used == [False, True], used
     """)
-    subprocess.run([sys.executable, "step.py"], cwd=tmp_path, check=True, timeout=120,
+    subprocess.run([sys.executable, "step.py"], cwd=with_ideas, check=True, timeout=120,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -420,6 +420,7 @@ def one_process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_and_agree(tmp_path):
     torch.multiprocessing.spawn(one_process, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
