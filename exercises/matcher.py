@@ -1,4 +1,4 @@
-"""To fill in: exercise 3, 4, 5 of exercises/README.md. Graded by
+"""To fill in: exercises 3, 4, 5 of exercises/README.md. Graded by
 
     pytest --mine matcher.match_cost
     pytest --mine matcher.one_to_one

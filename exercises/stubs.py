@@ -85,7 +85,8 @@ def header(module):
     """Docstring and imports of a file to fill in."""
     names = [".".join([module, *path]) for path in functions_of(module)]
     numbers = ", ".join(dict.fromkeys(str(catalogue.EXERCISES[name].number) for name in names))
-    rows = [f'"""To fill in: exercise {numbers} of exercises/README.md. Graded by', ""]
+    many = "s" * ("," in numbers)
+    rows = [f'"""To fill in: exercise{many} {numbers} of exercises/README.md. Graded by', ""]
     rows += [f"    pytest --mine {name}" for name in names] + ['"""']
     return "\n".join(rows + imports(module, functions_of(module))) + "\n"
 
