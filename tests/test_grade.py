@@ -148,7 +148,8 @@ def test_what_cheats_do_after_cheating_is_right(tmp_path):
     assert graded(tmp_path, "matcher.match_quality", 6) == (6, 6, "")
 
 
-@pytest.mark.parametrize("cheat", CHEATS)
+@pytest.mark.parametrize("cheat", [
+    pytest.param(cheat, marks=[pytest.mark.slow] * (cheat != "calls ours")) for cheat in CHEATS])
 def test_a_cheat_gets_no_point(tmp_path, monkeypatch, cheat):
     source, says = CHEATS[cheat]
     monkeypatch.setattr(apart, "SECONDS", 1 if "loops" in cheat else 20)
