@@ -50,6 +50,7 @@ def of_preset(cfg, queries):
 SHAPES = config.preset("shapes", model="deformable", queries="two_stage_unmixed", batch=8)
 R50 = config.preset("paper_r50", model="deformable", queries="two_stage_unmixed", num_queries=300,
                     dn_number=0, batch=1, size=480, max_size=640)
+COCO = config.preset("coco", model="deformable", queries="two_stage_unmixed")
 TINY = config.preset("shapes", model="deformable", queries="two_stage_unmixed", size=64, batch=2,
                      d_model=32, num_heads=2, d_ffn=32, decoder_layers=2,
                      num_queries=12)
@@ -67,6 +68,7 @@ MODELS = {
     "shapes": ModelCase(SHAPES, 128, 128),
     "shapes_equal_losses": ModelCase(SHAPES, 128, 128, encoder_loss=False),
     "shapes_one_stage": ModelCase(dataclasses.replace(SHAPES, queries="learned"), 128, 128),
+    "coco": ModelCase(COCO, 192, 256),
     "r50": ModelCase(R50, 480, 640),
     "r50_equal_losses": ModelCase(R50, 480, 640, encoder_loss=False),
     "r50_one_stage": ModelCase(dataclasses.replace(R50, queries="learned"), 480, 640),
@@ -109,7 +111,7 @@ def outside(locations):
 def batch_of(case):
     """images, is_pad, targets: shapes as a run reads them, or noise with seven objects an image."""
     cfg = case.cfg
-    if cfg.backbone == "convnet":
+    if cfg.preset == "shapes":
         shapes = dataset.open_shapes("train", transforms.flip_only(), cfg.batch, cfg.size, cfg.seed)
         return batches.collate([shapes[i] for i in range(cfg.batch)])
     generator = torch.Generator().manual_seed(0)

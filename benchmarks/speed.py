@@ -3,7 +3,7 @@
     python -m benchmarks.speed                                      # all of it, on this CPU
     python -m benchmarks.speed --only attention,step --cases shapes --threads 1 --repeats 9
     python -m benchmarks.speed --only attention --against definition        # no transformers needed
-    python -m benchmarks.speed --table benchmarks/results.md --out speed.json
+    python -m benchmarks.speed --table speed.md --out speed.json
     python -m benchmarks.speed --device cuda                        # with bf16 and torch.compile
 
 Both sides run in turn in one process, after their answers were found alike; memory is measured in

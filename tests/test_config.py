@@ -75,12 +75,12 @@ def test_steps_win_over_the_epochs_of_a_preset():
 def test_a_larger_size_raises_the_longest_side_with_it():
     """Or the test images would be shrunk back to the preset's size without a word."""
     cfg = config.preset("coco", size=512)
-    assert (cfg.size, cfg.recipe.max_size) == (512, 854)                # 427 * 512 / 256
+    assert (cfg.size, cfg.recipe.max_size) == (512, 853)                # 320 * 512 / 192
     assert config.preset("shapes", size=200).recipe.max_size == 200
 
 
 @pytest.mark.parametrize("words", [
-    ["--classes", "cat"], ["--preset", "coco"], ["--images", "0"],
+    ["--classes", "cat"], ["--augment", "flip"], ["--preset", "coco"], ["--images", "0"],
     ["--steps", "5", "--epochs", "2"],
     ["--size", "16"], ["--seed", str(2 ** 64)], ["--lr", "inf"], ["--lr", "nan"],
     ["--lr", "1e300"], ["--images", "2147483647"], ["--steps", "2000000000000"],

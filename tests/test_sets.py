@@ -3,6 +3,8 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 import eval as eval_program
 from detr_min.data import coco_json, dataset, transforms
@@ -38,11 +40,28 @@ def test_validation_shapes_are_the_same_for_every_seed(monkeypatch):
 
 
 def test_a_folder_is_augmented_for_training_and_plain_to_test_on(folder):
-    train_set, plain_set = sets.open_train(config.preset("coco", coco=folder, size=64))
+    train_set, plain_set = sets.open_train(config.preset("coco", coco=folder, size=64,
+                                                         augment="crop"))
     assert train_set.image_ids == plain_set.image_ids == [11, 12, 13, 14]
     sizes = {train_set[epoch, 0][0].shape for epoch in range(8)}
     assert len(sizes) > 1
     assert {plain_set[epoch, 0][0].shape for epoch in range(8)} == {(3, 64, 96)}
+
+
+def test_without_crops_an_image_is_only_mirrored(folder):
+    """As it is tested, or that with left and right swapped; both happen, and so to the boxes."""
+    train_set, plain_set = sets.open_train(config.preset("coco", coco=folder, size=64,
+                                                         augment="flip"))
+    image, target = plain_set[0]
+    mirrored = target.boxes * torch.tensor([-1, 1, 1, 1]) + torch.tensor([1, 0, 0, 0])
+    seen = set()
+    for epoch in range(8):
+        found, labels = train_set[epoch, 0]
+        as_it_is = torch.equal(found, image)
+        assert_close(found, image if as_it_is else image.flip(-1), atol=.02, rtol=0)
+        assert_close(labels.boxes, target.boxes if as_it_is else mirrored)
+        seen.add(as_it_is)
+    assert seen == {True, False}
 
 
 def test_images_and_classes_choose(folder):

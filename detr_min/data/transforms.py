@@ -41,6 +41,11 @@ def resize(size, max_size):
     return functools.partial(resize_all, size, max_size)
 
 
+def flip_and_resize(size, max_size):
+    """For short runs: what is tested, half of the time mirrored."""
+    return v2.Compose([flip_only(), resize(size, max_size)])
+
+
 def resized_sides(h, w, size, max_size):
     """Short side to `size` px, unless the long side would pass `max_size`. -> (h, w)
 

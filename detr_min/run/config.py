@@ -89,6 +89,9 @@ class Config:
     batch: int = flag(8, "images per step, all processes together", Between(1, 2 ** 20))
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
+    augment: str = flag("crop", "of --coco's training images: flip = mirrored or not, learns "
+                        "sooner; crop = DETR's scales and crops too, for long runs",
+                        OneOf(("flip", "crop")))
     lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-37, 1e37))
     slow_lr: float = flag(0.1, "factor on the learning rate of backbone and sampling offsets; "
                           "0 = they stay as they are", Between(0, 1))
@@ -119,9 +122,9 @@ PRESETS = {
                    d_model=128, num_heads=4, num_levels=3, d_ffn=256, encoder_layers=1,
                    decoder_layers=3, num_queries=50, num_classes=4, warmup=50, decay="cosine",
                    clip=1.0, slow_lr=1.0),
-    "coco": dict(steps=1000, batch=8, size=256, lr=1e-3, max_size=427, d_model=128, num_heads=4,
-                 num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3, num_queries=100,
-                 warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
+    "coco": dict(steps=1000, batch=4, size=192, lr=7e-4, max_size=320, augment="flip", d_model=128,
+                 num_heads=4, num_levels=4, d_ffn=512, encoder_layers=1, decoder_layers=3,
+                 num_queries=100, warmup=50, decay="cosine", clip=1.0, slow_lr=1.0),
     "paper_r50": dict(backbone="resnet50", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
                       detections=300, dn_number=100, start="published"),
     "paper_swin_l": dict(backbone="swin_l", epochs=12, batch=16, size=800, max_size=1333, lr=2e-4,
@@ -274,6 +277,8 @@ def parse(doc, argv=None):
     if not given.get("coco"):
         if given.get("classes"):
             parser.error("--classes chooses among the classes of --coco DIR, which is missing")
+        if given.get("augment"):
+            parser.error("--augment is for the images of --coco DIR, which is missing")
         if name in PRESETS and not name.startswith("shapes"):
             parser.error(f"--preset {name} needs --coco DIR, a folder in COCO layout")
         if given.get("images") == 0:

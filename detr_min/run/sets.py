@@ -14,7 +14,8 @@ def open_train(cfg):
         return tuple(dataset.open_shapes("train", transform, num_images, cfg.size, cfg.seed)
                      for transform, num_images in ((transforms.flip_only(), cfg.images),
                                                    (test, min(cfg.images, 100))))
-    augment = transforms.multi_scale_and_crop(cfg.size, cfg.recipe.max_size)
+    augment = (transforms.flip_and_resize if cfg.augment == "flip"
+               else transforms.multi_scale_and_crop)(cfg.size, cfg.recipe.max_size)
     augmented, plain = (dataset.open_folder(cfg.coco, "train", transform, cfg.images,
                                             class_names(cfg), cfg.seed, cfg.val_share)
                         for transform in (augment, test))
