@@ -384,3 +384,13 @@ def test_every_verdict_stands_in_the_page_as_it_was_judged():
         for row in re.findall(r"^\|.*\| (?:reproduced|direction only|not seen|contradicted) \|$",
                               path.read_text(), re.M):
             assert row in page, f"{path.name}: {row}"
+
+
+def test_every_difference_in_a_sentence_is_one_of_a_committed_table():
+    """`.030 ± .012`, with its sign or without it."""
+    known = " ".join(path.read_text() for path in harness.RESULTS.glob("*.md"))
+    for page in (ROOT / "README.md", ROOT / "studies" / "README.md"):
+        found = re.findall(r"(?<![\d])(\.\d{3}) ± (\.\d{3})", page.read_text())
+        assert found, page
+        for gain, half in found:
+            assert re.search(rf"[+-]0{re.escape(gain)} ± 0{re.escape(half)}", known), (page, gain)
