@@ -222,7 +222,7 @@ def test_each_folder_of_the_page_is_read_by_its_commands(tmp_path, monkeypatch, 
                        for i, name in enumerate(names)],
             "annotations": [{"image_id": i, "category_id": 9, "bbox": [6, 4, 30, 20]}
                             for i in range(len(names))]}))
-    assert len(COMMANDS) == 2
+    assert len(COMMANDS) == 3
     for command in COMMANDS:
         cfg, _ = config.parse("", command.split())
         train_set, _ = sets.open_train(cfg)
