@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks import cases, clock, learn, memory, speed, theirs
+from benchmarks import cases, clock, detectors, learn, memory, speed, theirs
 from detr_min import model
+from detr_min.data import dataset
 from detr_min.run import evaluate, sets
 
 
@@ -129,6 +130,59 @@ def test_learn_counts_training_and_stops_at_the_mark(monkeypatch, tmp_path, caps
     assert "| ours_deformable | 0 | step 4 |" in capsys.readouterr().out
     assert "not in 6 steps, best 0.300" in learn.line({**found, "step": 6, "reached": False,
                                                        "best_AP": 0.3})
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--coco", "x", "--sides", "ours,yolo"], "--sides yolo: there are ours, fasterrcnn"),
+    (["--coco", "x", "--budget", "0"], "--budget and --every are numbers of sec"),
+    ([], "required: --coco")])
+def test_detectors_refuses_in_a_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        detectors.main(flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, first", [("ssdlite", 1), ("fcos_resnet50", 0)])
+def test_torchvision_gets_corners_in_pixels_and_its_own_labels(name, first, monkeypatch):
+    """A box with centre .5, .25 and half the size of 40 x 80 pixels has corners 20, 0, 60, 20.
+
+    Its answer on those pixels comes back in those of the picture, three times as large.
+    """
+    class Net(torch.nn.Module):
+        def forward(self, images, targets=None):
+            if targets:
+                self.targets = targets
+                return {"a": torch.tensor(1.), "b": torch.tensor(2.)}
+            return [{**target, "scores": torch.ones(1)} for target in self.targets]
+    kept = Net()
+    monkeypatch.setitem(detectors.BUILDERS, name, lambda **_: kept)
+    theirs = detectors.Theirs(name, cases.TINY)
+    image = torch.zeros(3, 40, 80)
+    target = dataset.Target(torch.tensor([2]), torch.tensor([[.5, .25, .5, .5]]), 7, (120, 240))
+    assert theirs.loss([image], [target]) == 3
+    given, = kept.targets
+    assert given["labels"].tolist() == [2 + first]
+    assert given["boxes"].tolist() == [[20, 0, 60, 20]]
+    found, = theirs.detect([image], [target.size_px])
+    assert found["labels"].tolist() == [2] and found["boxes_xyxy"].tolist() == [[60, 0, 180, 60]]
+
+
+def test_a_line_says_when_the_mark_was_passed():
+    curve = [{"cpu_seconds": s, "AP": a / 2, "AP50": a} for s, a in ((30, .4), (60, .55), (90, .7))]
+    found = {"side": "ssdlite", "parameters": 2.2e6, "lr": 1e-3, "steps": 9, "curve": curve}
+    assert "| 9 | 60 | 0.700 | 0.350 | 90 |" in detectors.line(found, .5)
+    assert "| not reached |" in detectors.line(found, .8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", detectors.SIDES)
+def test_each_detector_trains_for_its_seconds(side, coco_sample, tmp_path):
+    found, = detectors.main(["--coco", str(coco_sample / "bccd"), "--sides", side, "--size", "64",
+                             "--budget", "4", "--every", "3", "--out", str(tmp_path / "d.json")])
+    first, last = found["curve"]
+    assert 3 <= first["cpu_seconds"] < 4 <= last["cpu_seconds"]
+    assert 0 < first["step"] < last["step"] == found["steps"]
+    assert json.loads((tmp_path / "d.json").read_text()) == [found]
 
 
 def test_peak_memory_of_a_tiny_step():
