@@ -179,9 +179,9 @@ def test_a_line_says_when_the_mark_was_passed():
 def test_each_detector_trains_for_its_seconds(side, coco_sample, tmp_path):
     found, = detectors.main(["--coco", str(coco_sample / "bccd"), "--sides", side, "--size", "64",
                              "--budget", "4", "--every", "3", "--out", str(tmp_path / "d.json")])
-    first, last = found["curve"]
-    assert 3 <= first["cpu_seconds"] < 4 <= last["cpu_seconds"]
-    assert 0 < first["step"] < last["step"] == found["steps"]
+    *earlier, last = found["curve"]             # none earlier if one step takes longer than 1 s
+    assert all(3 <= point["cpu_seconds"] < 4 for point in earlier) and len(earlier) <= 1
+    assert last["cpu_seconds"] >= 4 and last["step"] == found["steps"]
     assert json.loads((tmp_path / "d.json").read_text()) == [found]
 
 
