@@ -26,7 +26,7 @@ from detr_min.data import batches
 from detr_min.run import config, evaluate, optim, registry, sets
 
 MODELS = torchvision.models.detection
-BUILDERS = {                    # torchvision's, and what tells it the size of its input
+BUILDERS = {                    # torchvision's
     "fasterrcnn_mobilenet": MODELS.fasterrcnn_mobilenet_v3_large_fpn,
     "ssdlite": MODELS.ssdlite320_mobilenet_v3_large,
     "fcos_resnet50": MODELS.fcos_resnet50_fpn,

@@ -89,9 +89,7 @@ class Config:
     batch: int = flag(8, "images per step, all processes together", Between(1, 2 ** 20))
     size: int = flag(128, "short side of an image, pixels; the longest side follows in proportion",
                      Between(32, 10000))
-    augment: str = flag("crop", "of --coco's training images: flip = mirrored or not, learns "
-                        "sooner; crop = DETR's scales and crops too, for long runs",
-                        OneOf(("flip", "crop")))
+    augment: str = flag("crop", "of --coco: flips, or DETR's crops too", OneOf(("flip", "crop")))
     lr: float = flag(1e-3, "AdamW's learning rate, for this batch", Between(1e-37, 1e37))
     slow_lr: float = flag(0.1, "factor on the learning rate of backbone and sampling offsets; "
                           "0 = they stay as they are", Between(0, 1))
@@ -275,10 +273,8 @@ def parse(doc, argv=None):
     if given.get("coco"):
         values = {"images": 0, **values}                    # whatever the preset has of shapes
     if not given.get("coco"):
-        if given.get("classes"):
-            parser.error("--classes chooses among the classes of --coco DIR, which is missing")
-        if given.get("augment"):
-            parser.error("--augment is for the images of --coco DIR, which is missing")
+        for word in {"classes", "augment"} & given.keys():
+            parser.error(f"--{word} is about the images of --coco DIR, which is missing")
         if name in PRESETS and not name.startswith("shapes"):
             parser.error(f"--preset {name} needs --coco DIR, a folder in COCO layout")
         if given.get("images") == 0:
