@@ -94,7 +94,7 @@ STUDIES = {study.name: study for study in (
     Study(
         name="bccd",
         question="What does the C-Decoder add on photographs of blood cells?",
-        common="--preset coco",
+        common="--preset coco --steps 400",
         variants={
             "plain": PLAIN,
             "dac": "--model dac",

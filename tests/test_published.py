@@ -511,7 +511,8 @@ def test_labels_are_cocos_own_ids():
     assert {i: names[i] for i in known} == known
 
 
-@pytest.mark.parametrize("words, most", [([], 300), (["--top_k", "7"], 7)])
+@pytest.mark.parametrize("words, most", [
+    ([], 300), pytest.param(["--top_k", "7"], 7, marks=pytest.mark.slow)])
 def test_the_evaluation_program_takes_a_published_file(words, most, tmp_path, monkeypatch):
     """One picture with objects of three of COCO's classes: by name, at 800 pixels, 300 detections;
     with --nms .8 none of them overlaps a better one of its class by more."""
