@@ -1,4 +1,4 @@
-"""DAC-DETR and Decoupled DETR (SD-DETR), one concept a file, read beside the papers.
+"""DAC-DETR and Decoupled DETR (SD-DETR), one concept per file, to read beside the papers.
 
 The papers are the files of this folder. Read them in this order; a file imports only from files
 above it:
@@ -22,8 +22,8 @@ Shapes use these letters:
     S  cells of all levels       P  matched pairs       T  query sets (SD-DETR: 2, else 1)
     E  denoising queries         G  groups of them      h, w  height and width of image or level
 
-Boxes are cxcywh in [0, 1] of the image unless a suffix says otherwise (`_xyxy`, `_px`). In masks
-called `is_pad`, True means padding.
+In query_gen, P counts the boxes of all images, B*N. Boxes are cxcywh in [0, 1] of the image unless
+a suffix says otherwise (`_xyxy`, `_px`). In masks called `is_pad`, True means padding.
 """
 
 

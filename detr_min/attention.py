@@ -30,7 +30,8 @@ class Memory(NamedTuple):
 def deformable_attention(value, spatial_shapes, locations, weights):
     """Sum the values at a query's sampling points, each times its attention weight.
 
-    [Deformable DETR Eq. 3]  out[n, h] = sum_l sum_k  A[n,h,l,k] * value_l,h(location[n,h,l,k])
+    [Deformable DETR Eq. 3]  out[n, m] = sum_l sum_k  A[n,m,l,k] * value_l,m(location[n,m,l,k])
+    where m counts the heads
 
     Args:
         value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads
@@ -38,8 +39,8 @@ def deformable_attention(value, spatial_shapes, locations, weights):
         locations            (B, N, H, L, K, 2)   (x, y) in [0, 1] of each level
         weights         A    (B, N, H, L, K)      attention weights; the module's sum to 1 over L, K
     Returns:
-        (B, N, D)  bilinear between the centres of cells, which lie at ((i + .5)/h, (j + .5)/w);
-        zero beyond the map
+        (B, N, D)  bilinear between the centres of cells, (x, y) = ((j + .5)/w, (i + .5)/h) for row
+        i and column j; zero beyond the map
     Raises:
         ValueError: the shapes do not add up to S
     """
@@ -95,9 +96,9 @@ class DeformableAttention(nn.Module):
     def look(self, queries, references, memory):
         """Compute where each query looks, and how much each point counts.
 
-        Around a point, offsets count cells of the level read: location = (x, y) + offset / (w, h).
-        Around a box, they count halves of it: location = (x, y) + offset / K * (w, h) / 2, so that
-        the initial offsets 1..K spread from the centre to the edge.
+        Around a point, an offset counts cells of the level: location = (x, y) + offset / (columns,
+        rows). Around a box, an offset of K leads from the centre to the edge: location = (x, y) +
+        offset / K * (w, h) / 2 with w and h of the box. The initial offsets are 1..K.
 
         Args:
             queries     (B, N, D)    content plus position

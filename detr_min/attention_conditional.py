@@ -1,4 +1,4 @@
-"""Conditional attention: content is compared with content, position with position.
+"""Conditional attention: the cross-attention compares content with content, position with position.
 
 [Conditional DETR], the attention of SD-DETR's decoder. It is dense: every query weighs every
 cell of one feature map, so an attention map can be drawn. Read `attention.py` before, for `Memory`,
@@ -67,7 +67,8 @@ class ConditionalAttention(MultiHead):
     c_q = Wqc f,  p_q = Wqs e,  c_k = Wkc F,  p_k = Wkp P,  v = Wv F
 
     f is a query's content, e its spatial query, F a cell of the memory and P the cell's position.
-    Because of [;], q.k = c_q.c_k + p_q.p_k: no content is ever compared with a position.
+    [;] puts two halves side by side within each head, so q.k = c_q.c_k + p_q.p_k: here no content
+    is compared with a position. `SelfAttention` and `FirstConditionalAttention` do compare them.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):

@@ -1,8 +1,9 @@
 """From an image to feature levels, and from feature levels to the width of the transformer.
 
-[Deformable DETR App. A.2]  C3, C4, C5 of the backbone by 1x1 convolutions; further levels by 3x3
-convolutions of stride 2, starting from C5. `ConvNet` learns from random weights in minutes;
-`ResNet50` needs ImageNet weights. Read `attention.py` before and `encoder.py` after.
+[Deformable DETR App. A.2]  C3, C4 and C5, the backbone's maps of strides 8, 16 and 32, go through
+1x1 convolutions; further levels come from C5 by 3x3 convolutions of stride 2. `ConvNet` learns from
+random weights in minutes; `ResNet50` needs ImageNet weights. Read `attention.py` before and
+`encoder.py` after.
 """
 import torch
 import torch.nn.functional as F
@@ -75,10 +76,11 @@ class ResNet50(nn.Module):
             state = weights.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:         # no network; or a broken file in the cache
             raise OSError(
-                f"ImageNet weights of ResNet-50 could not be had ({error}). On a machine with a "
-                f"network fetch {weights.url}, put it into {torch.hub.get_dir()}/checkpoints/ and "
-                "run the same command; or start from a trained detector with --init_from FILE; or "
-                "train a small network from random weights with --backbone convnet.") from error
+                f"ImageNet weights of ResNet-50 could not be loaded ({error}). On a machine with "
+                f"internet access download {weights.url}, put it into "
+                f"{torch.hub.get_dir()}/checkpoints/ and run the same command; or start from a "
+                "trained detector with --init_from FILE; or train a small network from "
+                "random weights with --backbone convnet.") from error
         self.body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")
                                    and not k.endswith("num_batches_tracked")})
 
@@ -158,7 +160,8 @@ def alone(network, x, is_pad):
     for maps in zip(*answers):                                      # one level, group by group
         h, w = (max(level.shape[axis] for level in maps) for axis in (2, 3))
         borders = [(0, w - level.shape[3], 0, h - level.shape[2]) for level in maps]
-        levels.append(torch.cat([F.pad(*both) for both in zip(maps, borders)])[place])
+        levels.append(torch.cat([F.pad(level, border)
+                                 for level, border in zip(maps, borders)])[place])
         pads.append(torch.cat([F.pad(torch.zeros_like(level[:, 0]), border, value=1)
                                for level, border in zip(maps, borders)])[place].bool())
     return levels, pads

@@ -55,7 +55,7 @@ def giou(boxes, others):
 
 
 def paired_iou(boxes, others):
-    """IoU of box i with other i: the diagonal of `iou`, no matrix. (P, 4), (P, 4) -> (P,)"""
+    """IoU of box i with other i: the diagonal of `iou`, without the matrix. (P, 4) x 2 -> (P,)"""
     a, b = to_xyxy(boxes), to_xyxy(others)
     top_left = torch.maximum(a[:, :2], b[:, :2])                                # (P, 2)
     bottom_right = torch.minimum(a[:, 2:], b[:, 2:])                            # (P, 2)
@@ -71,10 +71,10 @@ def refine(ref_boxes, delta):
     The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
 
     Args:
-        ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: the size is sigmoid(delta) then
+        ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: size = sigmoid(delta[2:])
         delta      (..., 4)  the output of a box head, any real number
     Returns:
-        (..., 4)  cxcywh in [0, 1]; delta = 0 gives the reference back
+        (..., 4)  cxcywh in [0, 1]; delta = 0 leaves a box where it is, up to the 1e-5
     """
     missing = delta.shape[-1] - ref_boxes.shape[-1]         # 2 for a point, 0 for a box
     return (F.pad(torch.logit(ref_boxes, eps=1e-5), (0, missing)) + delta).sigmoid()
@@ -83,7 +83,7 @@ def refine(ref_boxes, delta):
 def sine(x, num_channels):
     """Embed a number in [0, 1] as sines and cosines of ever longer waves.
 
-    [Attention Is All You Need 3.5]
+    [Attention Is All You Need 3.5], with DETR's 2 pi
         PE(x)[2i] = sin(2 pi x / 10000^(2i/d)),  PE(x)[2i+1] = cos(2 pi x / 10000^(2i/d))
 
     Args:
@@ -92,8 +92,8 @@ def sine(x, num_channels):
     Returns:
         (..., d), in [-1, 1]
     """
-    i = torch.arange(0, num_channels, 2, dtype=x.dtype, device=x.device)                    # (d/2,)
-    angle = 2 * math.pi * x[..., None] / 10000 ** (i / num_channels)                   # (..., d/2)
+    exponent = torch.arange(0, num_channels, 2, dtype=x.dtype, device=x.device) / num_channels
+    angle = 2 * math.pi * x[..., None] / 10000 ** exponent                             # (..., d/2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)                   # (..., d)
 
 

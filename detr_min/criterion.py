@@ -13,7 +13,7 @@ from . import boxes, matcher, tal_loss
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0       # [DETR App. A.4]
 FOCAL_WEIGHT = 2.0                      # [Deformable DETR App. A.4]
-TAL_WEIGHT = 8.0    # ours; the paper's is not known. With 2, scores stay near 0 for long
+TAL_WEIGHT = 8.0    # ours; the paper's is not known. With 2, scores stay near 0 for a long time
 C_NORMALISER = 3.0  # the C-Decoder's sums are divided by this times the number of objects (release)
 
 

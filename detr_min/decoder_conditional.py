@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
 
 
 def scale_network(num_layers, d_model):
-    """The network that computes T_l in all layers but the first; a single layer has none."""
+    """The network that scales the spatial query from the second layer on; one layer needs none."""
     return encoder.feed_forward(d_model, d_model) if num_layers > 1 else nn.Identity()
 
 
@@ -56,8 +56,8 @@ class Stack(nn.Module):
     def states(self, x, pos, spatial, memory):
         """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], one per layer, for the heads
 
-        [Conditional DETR]  spatial query of layer l = PE(r) * T_l,  T_1 = 1,  T_l = MLP(f)
-        with f the state that enters layer l
+        [Conditional DETR]  spatial query of layer l = PE(r) * scale_l
+        scale_1 = 1,  scale_l = MLP(f)  with f the state that enters layer l
         """
         scale, states = torch.ones_like(spatial), []
         for layer in self.layers:

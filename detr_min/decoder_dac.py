@@ -36,8 +36,8 @@ class DecoderLayer(nn.Module):
 
         [DAC Eq. 2]  Q_O^(l+1) = FFN(Q~_O^l + Att_cross(Que(Q~_O^l), Key(Z), Val(Z)))
 
-        Deformable attention has no keys: Que says where to read the values Val(Z). The norms, and
-        the residual around the FFN, are the release's; the equation leaves them out.
+        Deformable attention has no keys: Que says where to read the values Val(Z). The equation
+        leaves out the positions, the norms and the residual around the FFN; they are the release's.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -61,8 +61,8 @@ class DACDecoder(nn.Module):
 
         [Deformable DETR App. A.4]  b_l = sigmoid(logit(b_(l-1)) + delta_l)
 
-        Each layer looks around the detached b_(l-1), so it learns one correction. Its loss also
-        reaches the layer before, through `base` ("look forward twice", [DINO Sec. 3.5]).
+        Layer l looks around the detached b_(l-1), but adds delta_l to `base`, not detached. So its
+        box loss trains delta_l and delta_(l-1): "look forward twice", [DINO Sec. 3.5].
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []

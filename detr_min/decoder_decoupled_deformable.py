@@ -1,8 +1,8 @@
 """SD-DETR's decoder and queries ported to deformable attention. The paper does not need it.
 
 [SD Eq. 2-5] with `attention.DeformableAttention` in place of dense attention, several feature
-levels, and a reference box that the localization branch refines layer by layer. Both papers at once
-stand here too, `DACDecoupledDecoder`. Read `decoder_dac.py` and `decoder_decoupled.py` before.
+levels, and a reference box that the localization branch refines layer by layer.
+`DACDecoupledDecoder` combines both papers. Read `decoder_dac.py` and `decoder_decoupled.py` before.
 """
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
 
         [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
 
-        What query i may not look at, (N, N), neither of its tokens may.
+        is_blocked is (N, N): if i may not look at j, neither token of i sees either token of j.
         """
         qk = queries + query_pos
         mask = None if is_blocked is None else is_blocked.repeat(2, 2)                  # (2N, 2N)
@@ -182,10 +182,11 @@ def region_features(memory, ref_boxes, size=7):
     for index, ((h, w), tokens) in enumerate(zip(memory.spatial_shapes, levels)):
         here = (level == index).nonzero()[:, 0]                                             # (P,)
         scale = memory.valid_ratios[:, index].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])
-        in_cells = boxes.to_xyxy(ref_boxes) * scale.round()[:, None]                     # (B, N, 4)
+        scale = scale.round()                                               # (B, 4)  whole cells
+        in_cells = boxes.to_xyxy(ref_boxes) * scale[:, None]                             # (B, N, 4)
         maps = tokens.transpose(1, 2).unflatten(-1, (h, w))                           # (B, D, h, w)
         features = features.index_copy(0, here, query_gen.roi_align(
-            maps, image[here], in_cells.flatten(0, 1)[here], scale.round(), size))
+            maps, image[here], in_cells.flatten(0, 1)[here], scale, size))
     return features
 
 

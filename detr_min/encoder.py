@@ -46,7 +46,7 @@ def cell_positions(is_pad, d_model, dtype=torch.float32):
     y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6)                   # centres of cells, in [0, 1]
     x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
-    return boxes.sine(torch.stack([y, x], dim=-1), d_model // 2).flatten(-2)
+    return boxes.embed_points(torch.stack([x, y], dim=-1), d_model)
 
 
 class EncoderLayer(nn.Module):
@@ -86,8 +86,8 @@ class Encoder(nn.Module):
             Memory, of S = sum of h*w cells
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)   # bf16 would move points
-        shares = [torch.stack([(~pad[:, 0]).to(dtype).mean(-1),     # of the columns, in the first
-                               (~pad[:, :, 0]).to(dtype).mean(-1)], dim=-1)     # row; of the rows
+        shares = [torch.stack([(~pad[:, 0]).to(dtype).mean(-1),           # x: the first row
+                               (~pad[:, :, 0]).to(dtype).mean(-1)], dim=-1)    # y: the first column
                   for pad in pads]                                                       # (B, 2)
         memory = attention.Memory(
             tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in features], dim=1),   # (B, S, D)

@@ -60,7 +60,7 @@ def one_to_one(cost):
 def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_weight=0.7):
     """Compute how well prediction i explains object j. Higher is better.
 
-    [DAC Eq. 4]  M[i, j] = class_weight * p_i[c_j] + iou_weight * IoU(b_i, g_j)
+    [DAC Eq. 4]  quality[i, j] = class_weight * p_i[c_j] + iou_weight * IoU(b_i, g_j)
 
     Args:
         probs       p  (N, C)  class probabilities in [0, 1] (after the sigmoid, not logits)
@@ -69,7 +69,7 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
         gt_boxes    g  (M, 4)  cxcywh, in [0, 1] of image size
         class_weight, iou_weight   dimensionless
     Returns:
-        M  (N, M), in [0, class_weight + iou_weight]; an image without objects gives (N, 0)
+        (N, M), in [0, class_weight + iou_weight]; an image without objects gives (N, 0)
     Raises:
         ValueError: probs outside [0, 1], which almost always means that logits were passed
     Differs: the paper prints weights 1 and 1; the release and we use .3 and .7.
@@ -84,14 +84,14 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
 def one_to_many(quality, threshold=0.4, k=6):
     """Assign up to k queries to each object; a query serves one object at most.
 
-    [DAC Eq. 4]  i is positive for j  <=>  M[i, j] >= threshold, i is among the k best of column j,
-    and (ours) j is the best of row i. Ties go to the lower index. An object whose qualities all
-    stay below the threshold gets no query.
+    [DAC Eq. 4]  i is positive for j  <=>  quality[i, j] >= threshold, i is among the k best of
+    column j, and (ours) j is the best of row i. Ties go to the lower index. An object whose
+    qualities all stay below the threshold gets no query.
 
     Args:
-        quality  M  (N, M)  higher is better
-        threshold   in the unit of M; .4 is the release's, the paper's own is not known to us
-        k           most queries an object gets; 6 is the release's
+        quality     (N, M)  higher is better
+        threshold   in the unit of quality; .4 is the release's, the paper's own is not known to us
+        k           the most queries that an object gets; 6 is the release's
     Returns:
         query_idx, gt_idx, int64 (P,) each, sorted by query; P = 0 is normal
     Differs: as we read the paper, a query may serve two objects; here it serves one, because it has
@@ -101,6 +101,7 @@ def one_to_many(quality, threshold=0.4, k=6):
     best_first = quality.sort(dim=0, descending=True, stable=True).indices[:k]      # (k, M)
     is_positive = torch.zeros_like(quality, dtype=torch.bool).scatter_(0, best_first, True)
     is_positive &= quality >= threshold                                             # (N, M)
+    # sort, not argmax, which refuses an image without objects
     best_object = quality.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (N, 1)
     is_own = torch.zeros_like(is_positive).scatter_(1, best_object, True)
     return (is_positive & is_own).nonzero(as_tuple=True)

@@ -20,7 +20,7 @@ class Detector(nn.Module):
     """Turn images into predictions, one per decoder layer."""
 
     def __init__(self, backbone, projections, encoder, queries, decoder, read):
-        """read: backbone.alone, or backbone.together for published models"""
+        """read: backbone.alone for ConvNet, backbone.together for ResNet-50 and Swin"""
         super().__init__()
         self.backbone, self.projections = backbone, projections
         self.encoder, self.queries, self.decoder, self.read = encoder, queries, decoder, read
@@ -29,7 +29,7 @@ class Detector(nn.Module):
         """Predict classes and boxes for a batch.
 
         Args:
-            images  (B, 3, h, w)  normalised as ImageNet's
+            images  (B, 3, h, w)  normalised with ImageNet's mean and deviation
             is_pad  (B, h, w)     bool, True = padding
         Returns:
             Output

@@ -1,8 +1,8 @@
 """The encoder's own detections, one per cell, and the object queries that start from the best.
 
-[Deformable DETR App. A.4] "two-stage", with [DINO Sec. 3.4]'s mixed query selection: the queries of
-DAC-DETR. The two heads that every decoder layer ends in stand here too, since the mini-detector is
-the first to need them. Read `encoder.py` before and `decoder_base.py` after.
+[Deformable DETR App. A.4] "two-stage", with [DINO Sec. 3.4]'s mixed query selection, as in the
+DAC-DETR release. The class head and the box head are here too, because the detector on the
+encoder's cells is the first to use them. Read `encoder.py` before and `decoder_base.py` after.
 """
 import math
 from typing import NamedTuple
@@ -23,7 +23,8 @@ class Queries(NamedTuple):
     pos: torch.Tensor                           # (T, B, N, D)
     ref_boxes: torch.Tensor               # (B, N, 4) cxcywh; learned queries have points, (B, N, 2)
     proposals: boxes.Predictions | None      # the encoder's own, one per cell: (B, S, ...)
-    is_blocked: torch.Tensor | None = None      # (N, N) bool, True: row may not look at column
+    is_blocked: torch.Tensor | None = None      # (N, N) bool, True: row may not look at column;
+                                                # set by release/denoising.py alone
 
 
 def box_head(d_model):
@@ -43,14 +44,14 @@ def class_head(d_model, num_classes, prior=0.01):
 
 
 def anchors(memory):
-    """The box that each cell starts from: 5 % of the image wide on level 0, then doubling.
+    """The box that each cell starts from: 5 % of the image wide and high on level 0, then doubling.
 
     [Deformable DETR App. A.4]  anchor of a cell of level l = (x, y, 0.05 * 2^l, 0.05 * 2^l)
 
     Args:
         memory  a Memory
     Returns:
-        (B, S, 4)  cxcywh; and (B, S) bool, False on padding and for anchors that leave (.01, .99)
+        (B, S, 4)  cxcywh; and (B, S) bool, False on padding and unless all four are in (.01, .99)
     """
     centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios)           # (B, S, 2)
     sizes = torch.cat([centres.new_full((h * w,), 0.05 * 2 ** level)
@@ -91,7 +92,7 @@ class MiniDetector(nn.Module):
         """
         objectness = proposals.logits[..., 0]                                               # (B, S)
         cell = objectness.topk(min(num_queries, objectness.shape[1]), dim=1).indices   # (B, <= N)
-        found = proposals.boxes.detach().gather(1, cell[..., None].expand(-1, -1, 4))
+        found = proposals.boxes.detach().take_along_dim(cell[..., None], dim=1)
         return F.pad(found, (0, 0, 0, num_queries - cell.shape[1]), value=1)
 
 

@@ -55,12 +55,12 @@ def tower(d_model, num_layers=4):
 
 
 def pick(tensor, cell, nothing):
-    """Pick rows of a tensor, for each image its own; `nothing` fills the row of cell S.
+    """Pick rows of a tensor, for each image its own. Index S means no cell: a row of `nothing`.
 
     (B, S, X), (B, N) -> (B, N, X)
     """
     tensor = F.pad(tensor, (0, 0, 0, 1), value=nothing)
-    return tensor.gather(1, cell[..., None].expand(-1, -1, tensor.shape[-1]))
+    return tensor.take_along_dim(cell[..., None], dim=1)
 
 
 class MiniDetector(nn.Module):
@@ -92,8 +92,9 @@ class MiniDetector(nn.Module):
         return boxes.Predictions(logits, boxes.refine(centres, self.box_head(for_box)))
 
     def best(self, found, num_queries, is_pad):
-        """The N cells of highest score in any class, best first; S, no cell, for the rest if an
-        image has fewer. (B, N) int64
+        """The N cells of highest score in any class, best first. (B, N) int64
+
+        If an image has fewer cells than N, the rest are S, which means no cell (see `pick`).
         """
         S = is_pad.shape[1]
         score = found.logits.amax(-1).masked_fill(is_pad, -math.inf)                        # (B, S)

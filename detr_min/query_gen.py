@@ -22,16 +22,17 @@ def region_features(memory, ref_boxes, size=7):
         ref_boxes  (B, N, 4)  cxcywh, in [0, 1] of image size
     Returns:
         (B*N, D, 7, 7)
-    Differs: Eq. 4 was not readable to us; it is clear from Fig. 3 and from SAM-DETR, on whose point
-        search Eq. 5 builds.
+    Eq. 4 was not readable to us. It is reconstructed from Fig. 3, which draws RoIAlign, and from
+    SAM-DETR, on whose point search Eq. 5 builds.
     """
     [(h, w)] = memory.spatial_shapes
     maps = memory.tokens.transpose(1, 2).unflatten(-1, (h, w))                        # (B, D, h, w)
     scale = memory.valid_ratios[:, 0].repeat(1, 2) * ref_boxes.new_tensor([w, h, w, h])     # (B, 4)
-    in_cells = boxes.to_xyxy(ref_boxes) * scale.round()[:, None]                         # (B, N, 4)
+    scale = scale.round()                                                           # whole cells
+    in_cells = boxes.to_xyxy(ref_boxes) * scale[:, None]                                 # (B, N, 4)
     B, N, _ = ref_boxes.shape
     image = torch.arange(B, device=maps.device).repeat_interleave(N)                        # (B*N,)
-    return roi_align(maps, image, in_cells.flatten(0, 1), scale.round(), size)
+    return roi_align(maps, image, in_cells.flatten(0, 1), scale, size)
 
 
 def roi_align(maps, image, in_cells, scale, size):
@@ -78,7 +79,8 @@ class PointPredictor(nn.Module):
             features  F_R  (P, D, 7, 7)
         Returns:
             (P, K, 2)  (x, y) in (-1, 1): (-1, -1) is the box's top left corner, (0, 0) its centre
-        Differs: the equation is printed, the layers are SAM-DETR's, scaled with D.
+        As printed. The layers and the tanh are SAM-DETR's, with widths in proportion to D; the
+        start on a ring is ours.
         """
         return self.net(features).unflatten(-1, (-1, 2)).tanh()
 
@@ -94,9 +96,9 @@ def points_to_query(features, points, ref_boxes):
         ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
     Returns:
         content (P, D), position (P, D)
-    Differs: [SD Fig. 3] draws both arrows; bilinear reading and the mean are from a reading note
-        of the paper. Reading F_R rather than the full map, and the mean of embeddings rather than
-        the embedding of a mean, are our choice.
+    [SD Fig. 3] draws a content and a position for each task; bilinear reading and the mean are from
+    a reading note of the paper. Reading F_R rather than the full map, and the mean of embeddings
+    rather than the embedding of a mean, are our choice.
     """
     found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
     on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, K, 2)
@@ -106,7 +108,7 @@ def points_to_query(features, points, ref_boxes):
 class TaskAwareQueries(nn.Module):
     """SD-DETR's queries: each task reads its own points in the mini-detector's anchors.
 
-    [SD Eq. 4-5]  F_R = RoIAlign(F, R_box),  R_SP = MLP(ConvNet(F_R)), one MLP(ConvNet) a task,
+    [SD Eq. 4-5]  F_R = RoIAlign(F, R_box),  R_SP = MLP(ConvNet(F_R)), one MLP(ConvNet) per task,
     content = mean of F_R at the points,  p = e = mean of PE at the points,  r = anchor's centre
 
     Anchors are the mini-detector's best boxes, without gradient. Gradients do pass through the

@@ -25,7 +25,7 @@ def aligned_target(scores, ious, alpha=0.25, beta=0.75):
 
 
 def tal_loss(logits, targets, gamma=2.0):
-    """Compute cross-entropy to a soft target, weighted by the distance from it. Lower is better.
+    """Compute cross-entropy to a soft target, weighted by distance^gamma. Lower is better.
 
     [SD Eq. 7]  L = sum_pos |t - s|^gamma BCE(s, t) + sum_neg s^gamma BCE(s, 0),    s = sigmoid(z)
 
@@ -36,8 +36,8 @@ def tal_loss(logits, targets, gamma=2.0):
         targets  t  (N, C)  in [0, 1]; 0 for every negative; no gradient flows into it
     Returns:
         scalar, a sum; the caller divides by the number of objects. Finite for any finite logit.
-    Differs: as printed, except for what the equation leaves open. Here gradients pass through
-        |t - s|^gamma, as in focal loss, and the caller keeps t at .01 or more.
+    As printed. Left open by the equation: here gradients pass through |t - s|^gamma, as in focal
+    loss, and the caller keeps t at .01 or more.
     """
     targets = targets.detach()
     weight = (targets - logits.sigmoid()).abs() ** gamma                            # (N, C)

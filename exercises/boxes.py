@@ -31,10 +31,10 @@ def refine(ref_boxes, delta):
     The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
 
     Args:
-        ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: the size is sigmoid(delta) then
+        ref_boxes  (..., 4)  cxcywh in [0, 1]; or (..., 2), a point: size = sigmoid(delta[2:])
         delta      (..., 4)  the output of a box head, any real number
     Returns:
-        (..., 4)  cxcywh in [0, 1]; delta = 0 gives the reference back
+        (..., 4)  cxcywh in [0, 1]; delta = 0 leaves a box where it is, up to the 1e-5
     """
     raise NotImplementedError(
         "exercise 1, boxes.refine: "

@@ -21,9 +21,9 @@ def points_to_query(features, points, ref_boxes):
         ref_boxes        (P, 4)     cxcywh, in [0, 1] of image size
     Returns:
         content (P, D), position (P, D)
-    Differs: [SD Fig. 3] draws both arrows; bilinear reading and the mean are from a reading note
-        of the paper. Reading F_R rather than the full map, and the mean of embeddings rather than
-        the embedding of a mean, are our choice.
+    [SD Fig. 3] draws a content and a position for each task; bilinear reading and the mean are from
+    a reading note of the paper. Reading F_R rather than the full map, and the mean of embeddings
+    rather than the embedding of a mean, are our choice.
     """
     raise NotImplementedError(
         "exercise 8, query_gen.points_to_query: "

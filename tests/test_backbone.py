@@ -136,7 +136,7 @@ def test_without_imagenet_weights_it_says_what_to_do(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(_api.WeightsEnum, "get_state_dict", fail)
-    sentence = f"could not be had ({error}). On a machine with a network fetch https://"
+    sentence = f"could not be loaded ({error}). On a machine with internet access download https://"
     with pytest.raises(OSError, match=re.escape(sentence)) as caught:
         backbone.ResNet50.load_imagenet(None)
     assert "--init_from FILE" in str(caught.value) and "--backbone convnet" in str(caught.value)
