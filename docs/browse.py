@@ -263,7 +263,8 @@ def module_page(name, links):
 
 def guide_page(path, links):
     """Body of the page of a Markdown file of docs/; its links lead to pages where there are any."""
-    body = markdown.markdown(path.read_text(), extensions=["tables", "fenced_code", "toc"])
+    text = re.sub(r"^(```\w+) .*$", r"\1", path.read_text(), flags=re.M)     # less a block's file
+    body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
 
     def target(found):
         file, hash_, anchor = found[1].partition("#")

@@ -595,6 +595,12 @@ def squeezed(text):
     return re.sub(r"[\s`]+", "", text)
 
 
+def test_no_page_of_a_guide_shows_a_fence(pages):
+    """The name of a file behind a language, as in researcher.md, must not turn code into text."""
+    assert "```diff detr_min" in (ROOT / "docs" / "researcher.md").read_text()
+    assert not [name for name, path in pages.items() if "```" in path.read_text()]
+
+
 @pytest.mark.slow
 def test_pages_fit_a_window_of_1280_pixels(pages, tmp_path):
     """In a real browser: nothing empty, nothing wider than its place."""
