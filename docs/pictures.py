@@ -1,7 +1,7 @@
 """The pictures of docs/pictures.md, drawn by the code that they explain.
 
     OMP_NUM_THREADS=1 python train.py                       # runs/dac_shapes
-    python -m studies sd_detr --seeds 1 --only plain,sd_detr --again     # two more runs
+    python -m studies sd_detr --seeds 1 --only plain,sd_detr --into runs/pictures   # two more
     python docs/pictures.py                                 # these runs -> docs/pictures/*.png
     python docs/pictures.py --run DAC PLAIN SD_DETR         # of other folders
 
@@ -32,8 +32,8 @@ WIDTH, DPI = 20 / 3, 240                # inches; 1600 pixels wide
 NUM_IMAGES = 200                        # validation images that a title's averages are over
 NEEDED = {                              # model: how to make a run of it
     "dac": "python train.py",
-    "conditional": "python -m studies sd_detr --seeds 1 --only plain --again",
-    "decoupled": "python -m studies sd_detr --seeds 1 --only sd_detr --again"}
+    "conditional": "python -m studies sd_detr --seeds 1 --only plain --into runs/pictures",
+    "decoupled": "python -m studies sd_detr --seeds 1 --only sd_detr --into runs/pictures"}
 DOT = dict(marker="o", linestyle="", markeredgecolor="black", markeredgewidth=0.4)
 
 
@@ -539,7 +539,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", metavar="RUN", help="run folders on shapes",
                         default=[ROOT / "runs" / "dac_shapes", *(
-                            ROOT / "runs" / "studies" / "sd_detr" / f"{name}_0"
+                            ROOT / "runs" / "pictures" / "runs" / "sd_detr" / f"{name}_0"
                             for name in ("plain", "sd_detr"))])
     parser.add_argument("--out", default=ROOT / "docs" / "pictures", help="folder")
     args = parser.parse_args(argv)

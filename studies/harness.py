@@ -96,14 +96,20 @@ def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def measure(study, variant, seed, folder):
+def tree():
+    """The git tree of detr_min/, which names its content; `+edits` if files differ from it."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True).stdout
+    return git("rev-parse", "--short", "HEAD:detr_min").strip() + "+edits" * bool(
+        git("status", "--porcelain", "detr_min"))
+
+
+def measure(study, variant, seed, folder, extra=()):
     """Write the json of a finished run: its numbers, and what they were made with."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text())
     numbers = {name: metrics[name] for name in ("AP", "AP50", "AP75", "cpu_seconds", "steps",
                                                 "parameters", "train_AP")}
-    tree = subprocess.run(["git", "rev-parse", "--short", "HEAD:detr_min"], cwd=ROOT, text=True,
-                          capture_output=True).stdout.strip()
     if study.measures:
         model = checkpoints.load_model(folder)
         val_set = sets.open_val(model.config, model.categories)
@@ -113,21 +119,21 @@ def measure(study, variant, seed, folder):
         numbers["watched"] = [json.loads(line) for line in
                               (folder / "watched.jsonl").read_text().splitlines()]
     content = {"study": study.name, "variant": variant, "seed": seed,
-               "flags": f"{study.common} {study.variants[variant]} --seed {seed}".split(),
+               "flags": [*f"{study.common} {study.variants[variant]} --seed {seed}".split(),
+                         *extra],
                **numbers,
                "curve": [[line["step"], line["val"]["AP"]] for line in log if "val" in line],
-               "tree_of_detr_min": tree, "python": platform.python_version(),
+               "tree_of_detr_min": tree(), "python": platform.python_version(),
                "torch": torch.__version__, "torchvision": torchvision.__version__}
     path = RESULTS / study.name / f"{variant}_{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run(study, names, seeds=0, extra=(), jobs=2, again=False):
+def run(study, names, seeds=0, extra=(), jobs=2):
     """Train and measure what is missing of some variants, seed by seed, so that seeds are whole.
 
-    `seeds` is the study's own number if 0. With `again`, what has its json but no run folder on
-    this machine is missing too.
+    `seeds` is the study's own number if 0; `extra` are more flags of train.py.
     """
     start = []
     if study.first:
@@ -149,11 +155,11 @@ def run(study, names, seeds=0, extra=(), jobs=2, again=False):
     todo = sorted((seed, number, variant) for number, variant in enumerate(names)
                   if variant not in study.borrows
                   for seed in range(seeds or study.seeds_of(variant))
-                  if again or not (RESULTS / study.name / f"{variant}_{seed}.json").exists())
+                  if not (RESULTS / study.name / f"{variant}_{seed}.json").exists())
     todo = [(seed, variant) for seed, _, variant in todo]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for number, ((seed, variant), folder) in enumerate(pool.map(one, todo), 1):
-            measure(study, variant, seed, folder)
+            measure(study, variant, seed, folder, extra)
             print(f"{number} of {len(todo)}: {study.name} {variant} seed {seed}", flush=True)
 
 

@@ -526,7 +526,7 @@ def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
 
 
 def test_a_missing_run_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SystemExit, match="`python -m studies .* --only sd_detr --again`"):
+    with pytest.raises(SystemExit, match="`python -m studies .* --only sd_detr --into runs/p"):
         pictures.main(["--run", str(tmp_path / "no"), "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"initial_points.png",
                                                           "aligned_targets.png"}

@@ -396,6 +396,13 @@ def refusal(target, folder):
     return str(error.value)
 
 
+def test_a_folder_inside_a_hand_in_is_named(tmp_path):
+    (tmp_path / "ada" / "mine").mkdir(parents=True)
+    (tmp_path / "ada" / "mine" / "matcher.py").touch()
+    with pytest.raises(pytest.UsageError, match="ada/mine holds up into .*/ada"):
+        handin.text_of(tmp_path / "ada" / "matcher.py")
+
+
 def test_mistakes_of_the_command_line_end_in_a_sentence(tmp_path):
     says = refusal("matcher.match_qualty", tmp_path)
     assert "--mine matcher.match_qualty is no exercise. Did you mean matcher.match_quality?" in says
@@ -551,6 +558,22 @@ def test_the_points_of_the_problem_set_add_up():
     for total, text in weeks:
         points = re.findall(r"^\*\*Problem \d+ \((\d+) points", text, re.M)
         assert sum(map(int, points)) == int(total) == 50
+
+
+def test_points_of_tests_become_points_of_the_problem_set(tmp_path, monkeypatch, capsys):
+    """giou is half of 6 points: 3 of 4 tests give 2.25. gather is half of 8: 1 of 2 gives 2."""
+    [code] = re.findall("```python points\n(.*?)```", (FOLDER / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exercises").symlink_to(FOLDER)
+    (tmp_path / "points.csv").write_text("""student,exercise,points,of,seconds,reason
+ada,boxes.giou,3,4,1,
+ada,decoder_decoupled.DecoderLayer.gather,1,2,1,
+bob,bug_4,1,1,1,
+""")
+    exec(code, scope := {})
+    assert capsys.readouterr().out == "('ada', 4.25)\n('bob', 3.0)\n"
+    functions = {name.split(".")[-1] for name in catalogue.EXERCISES} | {"bug_4", "bug_5"}
+    assert scope["share"].keys() <= functions and sum(scope["share"].values()) == 76
 
 
 def test_functions_and_links_of_the_problem_set_exist():

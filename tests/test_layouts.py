@@ -241,7 +241,8 @@ def test_the_lines_of_the_page_are_those_of_the_message_and_work(tmp_path, monke
     write(pathlib.Path(f"my_{name}"), places)
     lines = refusal(pathlib.Path(f"my_{name}")).replace("'", '"').replace(f"my_{name}_coco",
                                                                          "my_data").splitlines()
-    assert "\n".join(line.strip() for line in lines[1:]) == CODE[name].strip()
+    on_page = CODE[name].strip().replace("(\n    ", "(")        # broken there, to fit a page
+    assert "\n".join(line.strip() for line in lines[1:]) == on_page
     pytest.importorskip("supervision", reason="pip install supervision")
     convert(CODE[name])
     for split in ("train", "val"):

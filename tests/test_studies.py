@@ -2,6 +2,7 @@
 import json
 import pathlib
 import re
+import subprocess
 import types
 
 import pytest
@@ -91,16 +92,13 @@ def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monk
         (folder / "metrics.json").touch()
 
     monkeypatch.setattr(harness, "command", command)
-    monkeypatch.setattr(harness, "measure", lambda study, variant, seed, folder:
+    monkeypatch.setattr(harness, "measure", lambda study, variant, seed, folder, extra:
                         measured.append((variant, seed)))
     harness.run(A_STUDY, ["plain", "idea"], 4, ["--steps", "3"], jobs=1)
     assert measured == [("plain", 3), ("idea", 3)]
     folder = str(tmp_path / "runs" / "x")
     assert asked == [("train.py", "--preset", "shapes", "--seed", "3", "--steps", "3", "--out",
                       f"{folder}/plain_3"), ("train.py", "--resume", f"{folder}/idea_3")]
-    measured.clear()
-    harness.run(A_STUDY, ["plain", "idea"], 1, jobs=1, again=True)      # though both have a json
-    assert measured == [("plain", 0), ("idea", 0)]
 
 
 def test_a_watched_run_stops_is_measured_and_goes_on(tmp_path, monkeypatch):
@@ -336,17 +334,43 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "RUNS", tmp_path)
     monkeypatch.setattr(harness, "QUICK", (tmp_path / "quick", ["--steps", "2"]))
-    monkeypatch.setattr(harness, "run", lambda study, names, seeds, flags, jobs, again:
+    monkeypatch.setattr(harness, "run", lambda study, names, seeds, flags, jobs:
                         runs.append((study.name, names, seeds, flags)))
     return runs
 
 
 def test_all_quick_trains_every_study_for_a_moment_and_elsewhere(asked, tmp_path, capsys):
+    """And anew, for a run of older code would say nothing."""
+    (tmp_path / "quick" / "runs").mkdir(parents=True)
     program.main(["--all", "--quick"])
+    assert not (tmp_path / "quick").exists()
     assert "bccd is left out: it needs --coco DIR" in capsys.readouterr().out
     assert [name for name, *_ in asked] == [s.name for s in STUDIES if not s.real]
     assert all((seeds, flags) == (1, ["--steps", "2"]) for _, _, seeds, flags in asked)
     assert harness.RESULTS == tmp_path / "quick" / "results"
+
+
+def test_into_keeps_everything_in_another_folder(asked, tmp_path, capsys):
+    program.main(["dac", "--only", "dac", "--into", str(tmp_path / "mine"), "--steps", "5"])
+    assert asked == [("dac", ["dac"], 0, ["--steps", "5"])]
+    assert (harness.RUNS, harness.RESULTS) == (tmp_path / "mine/runs", tmp_path / "mine/results")
+    assert "dac: no run of its own is through yet" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["dac", "--steps", "5"])
+    assert "--steps 5: with flags of train.py" in capsys.readouterr().err
+
+
+def test_a_json_names_the_code_and_says_if_it_was_edited(tmp_path, monkeypatch):
+    """Of a repository of one file: git's name of its folder, then that with `+edits`."""
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    (tmp_path / "detr_min").mkdir()
+    (tmp_path / "detr_min" / "boxes.py").write_text("one\n")
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm x"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    name = harness.tree()
+    assert re.fullmatch("[0-9a-f]{7,}", name)
+    (tmp_path / "detr_min" / "boxes.py").write_text("two\n")
+    assert harness.tree() == f"{name}+edits"
 
 
 def test_a_study_on_real_images_needs_their_folder(asked, capsys):

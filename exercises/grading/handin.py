@@ -60,6 +60,10 @@ def text_of(path):
         pytest.UsageError: a sentence about a file that is missing, too long or no text
     """
     if not path.is_file():
+        for inner in path.parent.glob(f"*/{path.name}"):
+            raise pytest.UsageError(f"{shown(path)} is missing, but {shown(inner)} is there: move "
+                                    f"what {shown(inner.parent)} holds up into "
+                                    f"{shown(path.parent)}.")
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "no .py file"
         how = (f"python exercises/bug.py {path.stem[4:]}" if path.stem.startswith("bug_") else
                "python exercises/stubs.py")
