@@ -41,8 +41,12 @@ def main(argv=None):
     studies = list(catalogue.STUDIES.values())
     if not args.all and not args.study:
         for study in studies:
+            runs = [run for name, found in harness.results(study).items()
+                    if name not in study.borrows for run in found.values()]
+            hours = sum(run["cpu_seconds"] for run in runs) / 3600
             print(f"{study.name:15} {study.question} ({len(study.variants)} variants, "
-                  f"{study.seeds} seeds{', needs --coco' if study.real else ''})")
+                  f"{study.seeds} seeds{', needs --coco' if study.real else ''}; "
+                  f"{len(runs)} runs are here, {hours:.1f} CPU-hours)")
         return
     if args.study:
         studies = [catalogue.STUDIES[args.study]]
