@@ -113,7 +113,7 @@ MUTANTS = [
              ("padding counts", "(~is_pad).to(", "torch.ones_like(is_pad).to("),
              ("axes swapped", "is_image.cumsum(1), is_image.cumsum(2)",
               "is_image.cumsum(2), is_image.cumsum(1)"),
-             ("y for x", "torch.stack([x, y]", "torch.stack([y, x]")),
+             ("x before y", "torch.stack([y, x]", "torch.stack([x, y]")),
     *bank.of("encoder.EncoderLayer.forward",
              ("no position", "x + memory.pos, centres", "x, centres"),
              ("no residual around attention", "self.norm_attn(x + self.attn",
