@@ -104,6 +104,12 @@ def tree():
         git("status", "--porcelain", "detr_min"))
 
 
+def said(flags):
+    """Flags as a json keeps them: of --coco the folder's name, since its place is the machine's."""
+    return [pathlib.Path(word).name if before == "--coco" else word
+            for before, word in zip(["", *flags], flags)]
+
+
 def measure(study, variant, seed, folder, extra=()):
     """Write the json of a finished run: its numbers, and what they were made with."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -120,7 +126,7 @@ def measure(study, variant, seed, folder, extra=()):
                               (folder / "watched.jsonl").read_text().splitlines()]
     content = {"study": study.name, "variant": variant, "seed": seed,
                "flags": [*f"{study.common} {study.variants[variant]} --seed {seed}".split(),
-                         *extra],
+                         *said(extra)],
                **numbers,
                "curve": [[line["step"], line["val"]["AP"]] for line in log if "val" in line],
                "tree_of_detr_min": tree(), "python": platform.python_version(),

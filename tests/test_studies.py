@@ -363,6 +363,12 @@ def test_into_keeps_everything_in_another_folder(asked, tmp_path, capsys):
     assert "--steps 5: with flags of train.py" in capsys.readouterr().err
 
 
+def test_a_json_holds_no_place_of_this_machine():
+    assert harness.said(["--steps", "3", "--coco", "/home/me/bccd"]) == [
+        "--steps", "3", "--coco", "bccd"]
+    assert harness.said([]) == []
+
+
 def test_a_json_names_the_code_and_says_if_it_was_edited(tmp_path, monkeypatch):
     """Of a repository of one file: git's name of its folder, then that with `+edits`."""
     monkeypatch.setattr(harness, "ROOT", tmp_path)

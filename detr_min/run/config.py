@@ -273,7 +273,7 @@ def parse(doc, argv=None):
     if given.get("coco"):
         values = {"images": 0, **values}                    # whatever the preset has of shapes
     if not given.get("coco"):
-        for word in {"classes", "augment"} & given.keys():
+        for word in sorted({"classes", "augment"} & given.keys()):
             parser.error(f"--{word} is about the images of --coco DIR, which is missing")
         if name in PRESETS and not name.startswith("shapes"):
             parser.error(f"--preset {name} needs --coco DIR, a folder in COCO layout")

@@ -60,7 +60,7 @@ def text_of(path):
         pytest.UsageError: a sentence about a file that is missing, too long or no text
     """
     if not path.is_file():
-        for inner in path.parent.glob(f"*/{path.name}"):
+        if inner := next(path.parent.glob(f"*/{path.name}"), None):
             raise pytest.UsageError(f"{shown(path)} is missing, but {shown(inner)} is there: move "
                                     f"what {shown(inner.parent)} holds up into "
                                     f"{shown(path.parent)}.")
