@@ -4,7 +4,7 @@
     python -m benchmarks.published detect paper_r50              # images per second
     python -m benchmarks.published step release                  # a training step
     python -m benchmarks.published step paper_r50 --height 800 --width 1333 --device cuda \\
-        --precision bf16
+        --precision bf16 --compile
 
 Weights are random, files have the release's keys. Each line is of a process of its own.
 """
@@ -69,7 +69,8 @@ def case_of(preset, args):
 def report(preset, args, seconds, device):
     """The fastest of a few rounds, after one that warms up."""
     best = min(seconds[1:])
-    print(f"{preset} {args.precision} {args.batch} x {args.height} x {args.width}: {best:.2f} s, "
+    form = args.precision + ", compiled" * args.compile
+    print(f"{preset} {form} {args.batch} x {args.height} x {args.width}: {best:.3g} s, "
           f"{args.batch / best:.2f} images/s, peak {peak(device):.2f} GiB")
 
 
@@ -88,7 +89,8 @@ def detect(preset, args, device):
 def step(preset, args, device):
     """A training step: denoising queries, both decoders, Align loss, AdamW."""
     case = case_of(preset, args)
-    run, batch = cases.step_of(case, cases.build_ours(case).to(device), True), cases.batch_of(case)
+    batch = cases.batch_of(case)
+    run = cases.step_of(case, cases.build_ours(case).to(device), True, args.compile)
     seconds = [clock.once(lambda n=n: run(batch, n), 1, device).wall
                for n in range(1, 2 + REPEATS)]
     report(preset, args, seconds, device)
@@ -105,6 +107,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of step")
     parser.add_argument("--file", help="of write")
     args = parser.parse_args()
     known = BODIES if args.what in ("load", "write") else config.PRESETS

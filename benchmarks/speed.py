@@ -24,6 +24,8 @@ from detr_min import attention
 
 PARTS = "attention", "inference", "step", "memory"
 AGAINST = "transformers", "definition"
+FORMS = {"fp32": ("fp32", False), "bf16": ("bf16", False),      # precision, is compiled
+         "compiled": ("fp32", True), "bf16_compiled": ("bf16", True)}
 MIB = 2 ** 20
 
 
@@ -48,12 +50,6 @@ def check_alike(what, most):
     """
     if not most <= cases.CLOSE:
         raise ValueError(f"{what}: the two answers differ by {most:.2g}, so times mean nothing")
-
-
-def forms(device):
-    """(precision, is compiled) of the rows: on an accelerator bf16 and torch.compile as well."""
-    return [("fp32", False)] + [("bf16", False), ("fp32", True), ("bf16", True)] * (
-        device.type == "cuda")
 
 
 def attention_rows(name, args, precision, compiled):
@@ -120,11 +116,11 @@ def model_rows(name, args, precision, compiled):
 
 
 def in_all_forms(rows_of, name, args, threads):
-    """The rows of a case in every form of `forms`, with what they are.
+    """The rows of a case in each of --forms, with what they are.
 
     A form other than plain float32 may fail, on either side: that is said, and the rest goes on.
     """
-    for precision, compiled in forms(torch.device(args.device)):
+    for precision, compiled in map(FORMS.get, args.forms):
         head = {"case": name, "threads": threads, "precision": precision, "compiled": compiled}
         try:
             for row in rows_of(name, args, precision, compiled):
@@ -221,6 +217,7 @@ def parse(argv=None):
     parser.add_argument("--repeats", type=int, default=11, help="pairs measured for each row")
     parser.add_argument("--threads", default="1,2", help="numbers of threads, as 1,2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--forms", help="of: " + ", ".join(FORMS) + "; all on cuda, fp32 on cpu")
     parser.add_argument("--out", help="json file to write")
     parser.add_argument("--table", help="markdown file to write")
     args = parser.parse_args(argv)
@@ -242,6 +239,8 @@ def check(args, known):
     args.only = words(default if args.only is None else args.only, PARTS, "--only")
     args.cases = words(args.cases, known, "--cases") if args.cases else []
     args.device = words(args.device, ("cpu", "cuda"), "--device")[0]
+    default = ",".join(FORMS) if args.device == "cuda" else "fp32"
+    args.forms = words(default if args.forms is None else args.forms, FORMS, "--forms")
     numbers = args.threads.split(",")
     if not all(n.isdecimal() and int(n) for n in numbers) or args.repeats < 1:
         raise ValueError(f"--threads {args.threads} --repeats {args.repeats}: numbers from 1 up")

@@ -50,12 +50,12 @@ def deformable_attention(value, spatial_shapes, locations, weights):
     B, N, H, L, K, _ = locations.shape
     value = value.permute(0, 2, 3, 1).flatten(0, 1)                             # (B*H, D/H, S)
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B*H, N, L, K, 2)
-    weights = weights.transpose(1, 2).flatten(0, 1)                             # (B*H, N, L, K)
-    out = 0
+    weights = weights.transpose(1, 2).flatten(0, 1).flatten(2)                  # (B*H, N, L*K)
+    found = []
     for level, cells in enumerate(value.split([h * w for h, w in spatial_shapes], dim=-1)):
-        found = F.grid_sample(cells.unflatten(-1, spatial_shapes[level]), grids[:, :, level],
-                              align_corners=False, padding_mode="zeros")        # (B*H, D/H, N, K)
-        out = out + torch.einsum("bdnk,bnk->bdn", found, weights[:, :, level])  # (B*H, D/H, N)
+        found.append(F.grid_sample(cells.unflatten(-1, spatial_shapes[level]), grids[:, :, level],
+                                   align_corners=False, padding_mode="zeros"))  # (B*H, D/H, N, K)
+    out = (torch.cat(found, dim=-1) * weights[:, None]).sum(-1)                 # (B*H, D/H, N)
     return out.unflatten(0, (B, H)).flatten(1, 2).transpose(1, 2)               # (B, N, D)
 
 

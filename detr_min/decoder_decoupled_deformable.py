@@ -217,5 +217,5 @@ class TaskAwareQueries(nn.Module):
         sets = [query_gen.points_to_query(features, predict(features), ref_boxes.flatten(0, 1))
                 for predict in self.predictors]
         content, pos = (torch.stack(t).unflatten(1, ref_boxes.shape[:2]) for t in zip(*sets))
-        ranks = torch.stack([*self.content])                                             # (T, N, D)
+        ranks = torch.stack(list(self.content))                                         # (T, N, D)
         return proposals.Queries(content + ranks[:, None], pos, ref_boxes, found)

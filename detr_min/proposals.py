@@ -121,5 +121,5 @@ class TwoStageQueries(nn.Module):
         found = self.mini_detector(memory)
         ref_boxes = self.mini_detector.best(found, self.num_queries)                  # (B, N, 4)
         pos, _ = self.embed(ref_boxes)                  # the content half is unused, as released
-        content = torch.stack([*self.content])[:, None].expand(-1, pos.shape[0], -1, -1)
+        content = torch.stack(list(self.content))[:, None].expand(-1, pos.shape[0], -1, -1)
         return Queries(content, pos.expand(self.num_sets, -1, -1, -1), ref_boxes, found)
