@@ -32,7 +32,8 @@ MUTANTS = [
 
     *bank.of("attention.deformable_attention",
              ("heads before images", "out.unflatten(0, (B, H))", "out.unflatten(0, (H, B))"),
-             ("the last level alone", "out = out + torch", "out = torch"),
+             ("points count alike", "(torch.cat(found, dim=-1) * weights[:, None]).sum(-1)",
+              "torch.cat(found, dim=-1).mean(-1)"),
              ("wrong sizes go through", "!= value.shape[1]", "> value.shape[1]")),
     *bank.of("attention.DeformableAttention.__init__",
              ("wrong widths go through", "if d_model % num_heads:", "if False:")),
