@@ -16,7 +16,8 @@ from detr_min.run import checkpoints, config, evaluate, registry, sets
 from helpers import two_pictures
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-COMBINATIONS = [words.values for words in test_model.ALL]
+COMBINATIONS = [pytest.param(*words.values, marks=[pytest.mark.slow] * (
+    words.values[1] not in ("dac", "decoupled"))) for words in test_model.ALL]
 NEAR = dict(atol=1e-9, rtol=1e-9)               # float64: another order of sums, no more
 
 
