@@ -202,18 +202,21 @@ def paired(ours, base):
     return statistics.mean(gains), half
 
 
-def verdict(ours, base):
+def verdict(ours, base, is_printed=True):
     """What a claim that `ours` beats `base` is worth here, over the seeds that both have.
 
     reproduced: the 95 % interval of the difference lies above 0; direction only: it does not, but
-    every seed gains; contradicted: it lies below 0; not seen: all else.
+    every seed gains; contradicted: it lies below 0; not seen: all else. If no paper prints the
+    claim (`is_printed`), the first is called gain seen and the third loss seen.
     """
     gain, half = paired(ours, base)
     gains = [ours[seed]["AP"] > base[seed]["AP"] for seed in ours.keys() & base.keys()]
     if half is None:
         return "not seen"
     if abs(gain) > half:
-        return "reproduced" if gain > 0 else "contradicted"
+        above, below = (("reproduced", "contradicted") if is_printed else
+                        ("gain seen", "loss seen"))
+        return above if gain > 0 else below
     return "direction only" if all(gains) else "not seen"
 
 
@@ -261,6 +264,7 @@ def table(study):
         rows += ["", "| claim | paper, COCO | here | verdict |", "|---|--:|--:|---|"]
     for claim in judged:
         ours, worse = found[claim.better], found[claim.worse]
+        judgement = verdict(ours, worse, is_printed=claim.paper != "–")
         rows.append(f"| {claim.text} | {claim.paper} | `{claim.better}` - `{claim.worse}`: "
-                    f"{difference(ours, worse)} | {verdict(ours, worse)} |")
+                    f"{difference(ours, worse)} | {judgement} |")
     return "\n".join(rows)

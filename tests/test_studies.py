@@ -77,6 +77,8 @@ def test_verdicts(gains, verdict):
     ours = {seed: {"AP": .5 + gain} for seed, gain in enumerate(gains)}
     base = {seed: {"AP": .5} for seed in range(4)}
     assert harness.verdict(ours, base) == verdict
+    own = {"reproduced": "gain seen", "contradicted": "loss seen"}.get(verdict, verdict)
+    assert harness.verdict(ours, base, is_printed=False) == own
 
 
 def test_runs_that_are_through_are_not_trained_again(three_seeds, tmp_path, monkeypatch):
@@ -418,8 +420,8 @@ def test_every_verdict_stands_in_the_page_as_it_was_judged():
         if path.stem.endswith("_lr1"):
             assert f"(results/{path.name})" in page
             continue
-        for row in re.findall(r"^\|.*\| (?:reproduced|direction only|not seen|contradicted) \|$",
-                              path.read_text(), re.M):
+        for row in re.findall(r"^\|.*\| (?:reproduced|direction only|not seen|contradicted|"
+                              r"gain seen|loss seen) \|$", path.read_text(), re.M):
             assert row in page, f"{path.name}: {row}"
 
 
