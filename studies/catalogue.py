@@ -86,11 +86,14 @@ STUDIES = {study.name: study for study in (
         variants={
             "dac": "--model dac",
             **dict.fromkeys(CONSTANTS, "--model dac"),
-            "first_layer": "--model dac_release",
+            "release": "--model dac_release",
         },
         seeds=3,
         programs={name: f"studies.constants {words}" for name, words in CONSTANTS.items()},
-        borrows={"dac": "dac"}),
+        borrows={"dac": "dac"},
+        claims=(
+            Claim("up to six queries per object are better than one (k)", "–", "dac", "k_1"),
+            Claim("a threshold of .4 is better than .6 (t)", "–", "dac", "t_0.6"))),
     Study(
         name="bccd",
         question="What do both methods add on photographs of blood cells?",

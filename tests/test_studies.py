@@ -425,6 +425,15 @@ def test_every_verdict_stands_in_the_page_as_it_was_judged():
             assert row in page, f"{path.name}: {row}"
 
 
+def test_the_page_says_how_long_its_runs_took():
+    """Those of the studies that are not superseded."""
+    runs = [json.loads(path.read_text()) for name in catalogue.STUDIES if not name.endswith("_lr1")
+            for path in (harness.RESULTS / name).glob("*.json")]
+    hours = sum(run["cpu_seconds"] for run in runs) / 3600
+    page = (ROOT / "studies" / "README.md").read_text()
+    assert f"{len(runs)} runs behind this page took {hours:.1f} CPU-hours" in page
+
+
 def test_every_difference_in_a_sentence_is_one_of_a_committed_table():
     """`.030 ± .012`, with its sign or without it."""
     known = " ".join(path.read_text() for path in harness.RESULTS.glob("*.md"))
