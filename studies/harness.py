@@ -125,6 +125,7 @@ def measure(study, variant, seed, folder, extra=()):
         numbers["watched"] = [json.loads(line) for line in
                               (folder / "watched.jsonl").read_text().splitlines()]
     content = {"study": study.name, "variant": variant, "seed": seed,
+               "program": study.programs.get(variant, "train.py"),
                "flags": [*f"{study.common} {study.variants[variant]} --seed {seed}".split(),
                          *said(extra)],
                **numbers,

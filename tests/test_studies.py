@@ -371,6 +371,14 @@ def test_a_json_holds_no_place_of_this_machine():
     assert harness.said([]) == []
 
 
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_a_json_names_the_program_that_ran(study):
+    """Without it the flags alone would train another model."""
+    for variant, runs in harness.results(study).items():
+        if variant in study.programs:
+            assert {run["program"] for run in runs.values()} == {study.programs[variant]}
+
+
 def test_a_json_names_the_code_and_says_if_it_was_edited(tmp_path, monkeypatch):
     """Of a repository of one file: git's name of its folder, then that with `+edits`."""
     monkeypatch.setattr(harness, "ROOT", tmp_path)
