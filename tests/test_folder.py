@@ -1,7 +1,8 @@
 """A run's folder: a new one is never an old one, and a resumed one goes on where it stopped."""
 import json
-import multiprocessing
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,11 +34,6 @@ def start(cfg):
 
 def begin(out="", preset="shapes", **changes):
     return start(config.preset(preset, **{**TINY, "out": str(out), **changes}))
-
-
-def taken(out):
-    """Begin a run in another process, which can send a number back."""
-    return begin(out).progress["step"]
 
 
 def go_on(out, **changes):
@@ -119,16 +115,34 @@ def test_a_run_that_saved_only_its_best_is_not_said_to_go_on(tmp_path):
         begin(tmp_path / "run")
 
 
+LOCKS = """                                        # in a process without torch: ready sooner
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("locked", flush=True)
+    sys.stdin.read()
+except OSError:
+    print("refused")
+"""
+
+
 def test_a_second_process_on_one_folder_is_refused(tmp_path):
     """And config.json stays the first one's. It is free once that one has ended."""
     pytest.importorskip("fcntl", reason="no locks here")
+    path = tmp_path / "run" / "config.json"
+    words = [sys.executable, "-c", LOCKS, str(path)]
     run = begin(tmp_path / "run", seed=7)
-    with multiprocessing.get_context("spawn").Pool(1) as another:
+    assert subprocess.run(words, capture_output=True, text=True, input="").stdout == "refused\n"
+    run.config_file.close()
+    with subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process trains in .*take another --out"):
-            another.apply(taken, (tmp_path / "run",))
-        stored = json.loads((tmp_path / "run" / "config.json").read_text())
-        run.config_file.close()
-        assert stored["seed"] == 7 and another.apply(taken, (tmp_path / "run",)) == 0
+            begin(tmp_path / "run", seed=8)
+        assert json.loads(path.read_text())["seed"] == 7
+        other.communicate()
+    begin(tmp_path / "run", seed=8)
+    assert json.loads(path.read_text())["seed"] == 8
 
 
 def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):

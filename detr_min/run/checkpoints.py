@@ -4,6 +4,7 @@ A checkpoint is one dict of tensors, numbers and strings, so it loads with `weig
 pickle is executed. Read after `contents.py` and `published.py`; used by train.py and eval.py.
 """
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -80,6 +81,7 @@ def weights_of(content, path, dc5=False, partly=False):
     return cfg, categories, state
 
 
+@functools.lru_cache(maxsize=8)      # a published file is asked about twice
 def layout(cfg):
     """The names and shapes of a Config's tensors, {name: tensor without numbers}.
 
