@@ -65,7 +65,7 @@ def main():
     """Run the command line."""
     cfg, given = config.parse(__doc__)
     processes.join()
-    run = folder.start(config.check_resume(cfg, given))
+    run = folder.start(config.check_resume(cfg, given))     # builds the detector and opens the data
     with run.saved_named():
         train(run)
         step, steps = run.progress["step"], run.cfg.steps

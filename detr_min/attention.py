@@ -24,14 +24,14 @@ class Memory(NamedTuple):
     is_pad: torch.Tensor                        # (B, S)     True = padding, holds nothing
     spatial_shapes: list[tuple[int, int]]       # [(h, w)] of each of the L levels, python ints
     valid_ratios: torch.Tensor                  # (B, L, 2)  (x, y) share of a level that is image
-    pos: torch.Tensor | None = None             # (B, S, D)  where each cell is; not read here
+    pos: torch.Tensor | None = None             # (B, S, D)  where each cell is, for the encoder
 
 
 def deformable_attention(value, spatial_shapes, locations, weights):
     """Sum the values at a query's sampling points, each times its attention weight.
 
     [Deformable DETR Eq. 3]  out[n, m] = sum_l sum_k  A[n,m,l,k] * value_l,m(location[n,m,l,k])
-    where m counts the heads
+    where m counts the heads; W_m and the sum over m are DeformableAttention.output_proj
 
     Args:
         value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads
@@ -96,9 +96,12 @@ class DeformableAttention(nn.Module):
     def look(self, queries, references, memory):
         """Compute where each query looks, and how much each point counts.
 
-        Around a point, an offset counts cells of the level: location = (x, y) + offset / (columns,
-        rows). Around a box, an offset of K leads from the centre to the edge: location = (x, y) +
-        offset / K * (w, h) / 2 with w and h of the box. The initial offsets are 1..K.
+        [Deformable DETR Eq. 3]     point:  location = v (x, y) + offset / (columns, rows)
+        [Deformable DETR App. A.4]  box:    location = v (x, y) + offset / K * v (w, h) / 2
+
+        v is the level's valid ratio. Around a point an offset counts cells; around a box, K leads
+        from the centre to the edge. The initial offsets are 1..K.
+        Differs, as released: the paper has 1/(2K) in a box's initial offsets only.
 
         Args:
             queries     (B, N, D)    content plus position

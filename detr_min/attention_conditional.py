@@ -37,7 +37,10 @@ class MultiHead(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(self, q, k, v, may_attend=None):
-        """softmax(q k^T / sqrt(width of q)) v, then the heads side by side. -> (B, N, D)"""
+        """softmax(q k^T / sqrt(width of q)) v, the heads side by side, projected. -> (B, N, D)
+
+        may_attend: bool, broadcast to (B, H, queries, keys)
+        """
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend,
                                               dropout_p=self.dropout * self.training)
         return self.out_proj(read.transpose(1, 2).flatten(-2))
@@ -64,9 +67,10 @@ class ConditionalAttention(MultiHead):
     """Cross-attention whose heads compare a content half and a spatial half.
 
     [Conditional DETR]  q = [c_q ; p_q],  k = [c_k ; p_k],  A = softmax(q.k / sqrt(2D/H))
-    c_q = Wqc f,  p_q = Wqs e,  c_k = Wkc F,  p_k = Wkp P,  v = Wv F
+    c_q = Wqc f,  p_q = Wqs (e * scale),  c_k = Wkc F,  p_k = Wkp P,  v = Wv F
 
-    f is a query's content, e its spatial query, F a cell of the memory and P the cell's position.
+    f is a query's content, e its position, F a cell of the memory and P the cell's position. The
+    decoder computes the scale and passes e * scale, the spatial query.
     [;] puts two halves side by side within each head, so q.k = c_q.c_k + p_q.p_k: here no content
     is compared with a position. `SelfAttention` and `FirstConditionalAttention` do compare them.
     """
@@ -95,14 +99,14 @@ class ConditionalAttention(MultiHead):
             queries    f  (B, N, D)  content
             query_pos  p  (B, N, D)  positional query; of the cross-attentions only the first
                                      layer's reads it
-            spatial    e  (B, N, D)  spatial query, PE(reference) * scale
+            spatial       (B, N, D)  e * scale, the spatial query
             memory                   a Memory with pos
         Returns:
             (B, N, D)
         """
         q, k = self.queries_and_keys(queries, query_pos, spatial, memory)
         v = self.split(self.v_proj(memory.tokens))                              # (B, H, S, D/H)
-        return self.attend(q, k, v, ~memory.is_pad[:, None, None])      # in a mask True = attend
+        return self.attend(q, k, v, ~memory.is_pad[:, None, None])
 
     def attention_map(self, queries, query_pos, spatial, memory):
         """Compute the weights that `forward` uses. -> (B, H, N, S), rows sum to 1, 0 on padding"""

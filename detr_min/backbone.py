@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
     that sum it learns more slowly (benchmarks/README.md).
     """
 
-    num_halvings, first_level = 5, 2
+    num_halvings, first_level = 5, 2        # levels before the first are not returned
 
     def __init__(self, width=32):
         super().__init__()
@@ -147,8 +147,9 @@ def together(network, x, is_pad):
 def alone(network, x, is_pad):
     """Apply a network to each picture as if it were alone; pictures of one size go together.
 
-    Arguments and result as in `together`, with 0 on padding. While torch.compile or torch.export
-    trace, it is `together`.
+    So neither padding nor the other pictures change a picture's features, as they would through the
+    means of GroupNorm. Arguments and result as in `together`, with 0 on padding. While
+    torch.compile or torch.export trace, it is `together`.
     """
     if torch.compiler.is_compiling():
         return together(network, x, is_pad)

@@ -2,7 +2,7 @@
 
 Everywhere in this package a box is cxcywh: centre and size, in [0, 1] of the image that the
 network sees. Any other format has a suffix, `_xyxy` for corners, `_px` for pixels. Overlaps are
-torchvision's. Used by every file below; read `attention.py` next.
+torchvision's. Read `attention.py` next.
 """
 import math
 from typing import NamedTuple
@@ -47,7 +47,9 @@ def iou(boxes, others):
 def giou(boxes, others):
     """Generalized IoU: it also ranks boxes that do not overlap, by how far apart they are.
 
-    GIoU(a, b) = IoU(a, b) - |hull \\ (a or b)| / |hull|        [Generalized IoU, CVPR 2019, Alg. 1]
+    GIoU(a, b) = IoU(a, b) - |hull without a and b| / |hull|    [Generalized IoU, CVPR 2019, Alg. 1]
+
+    The hull is the smallest box around both.
 
     Args and Returns as `iou`; (N, M), in (-1, 1].
     """
@@ -66,7 +68,7 @@ def paired_iou(boxes, others):
 def refine(ref_boxes, delta):
     """Move a reference by a correction that is added before the sigmoid.
 
-    [Deformable DETR App. A.4]  box = sigmoid(logit(ref) + delta)
+    [Deformable DETR App. A.4; for a point App. A.3]  box = sigmoid(logit(ref) + delta)
 
     The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
 

@@ -12,7 +12,7 @@ import torchvision.ops as ops
 from . import boxes, matcher, tal_loss
 
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0       # [DETR App. A.4]
-FOCAL_WEIGHT = 2.0                      # [Deformable DETR App. A.4]
+FOCAL_WEIGHT = 2.0                      # [Deformable DETR Sec. 5]
 TAL_WEIGHT = 8.0    # ours; the paper's is not known. With 2, scores stay near 0 for a long time
 C_NORMALISER = 3.0  # the C-Decoder's sums are divided by this times the number of objects (release)
 
@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     """The P matched pairs of one layer, over all images of the batch."""
     image_idx: torch.Tensor     # (P,)
     query_idx: torch.Tensor     # (P,)
-    object_idx: torch.Tensor    # (P,)    objects are numbered through the batch
+    object_idx: torch.Tensor    # (P,)    numbered through the batch; for release/align_loss.py
     labels: torch.Tensor        # (P,)    of the object
     boxes: torch.Tensor         # (P, 4)  of the object, cxcywh
 
@@ -37,7 +37,9 @@ class Pairs(NamedTuple):
 def box_loss(layer, pairs, weights=1.0):
     """Compute the box regression terms of one layer: L1 and GIoU, summed over pairs.
 
-    [DETR Eq. 2]  5 * sum_pairs w |b - g|_1,  2 * sum_pairs w (1 - GIoU(b, g))        w = 1 in DETR
+    [DETR Eq. 2]  5 * sum_pairs w |b - g|_1,  2 * sum_pairs w (1 - GIoU(b, g))
+
+    The weights w are 1 in DETR; release/align_loss.py has others.
     """
     matched = layer.boxes[pairs.image_idx, pairs.query_idx]                             # (P, 4)
     l1 = (matched - pairs.boxes).abs().sum(-1)                                          # (P,)
@@ -85,12 +87,12 @@ def decoder_loss(layers, targets, score, pair, layer_loss, normaliser, judged=No
 
     Args:
         layers      [Predictions], one per layer
-        targets     [dataset.Target], one per image
-        score       (logits, pred_boxes, gt_labels, gt_boxes) of one image -> (N, M)
-        pair        (N, M) -> query_idx, gt_idx
+        targets     [dataset.Target], one per image: labels (M,), boxes (M, 4) cxcywh
+        score       match_cost or `quality`, of one image -> (N, M)
+        pair        one_to_one of a cost, or one_to_many of a quality -> query_idx, gt_idx
         layer_loss  focal_loss, task_aligned_loss, or another of the same form
         normaliser  a float >= 1, by which the sums are divided
-        judged      [Predictions] that are scored, if not the layers themselves
+        judged      [Predictions] that are matched in place of the layers; for dac_release.py
     Returns:
         Parts
     """

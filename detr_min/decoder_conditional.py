@@ -1,9 +1,9 @@
 """Conditional DETR's decoder, on which SD-DETR is built.
 
 [Conditional DETR; SD Eq. 1]. A query has a content f, a position p and a reference point r.
-Cross-attention looks around r: PE(r), times a scale computed from the content. Boxes are not
-refined: every layer starts from the same r. `decoder_decoupled.py` repeats this file and changes
-it. Read `proposals_conditional.py` before.
+Cross-attention looks around e, which is PE(r) here, times a scale computed from f; `query_gen.py`
+makes another e. Boxes are not refined: every layer starts from the same r. `decoder_decoupled.py`
+repeats this file and changes it. Read `proposals_conditional.py` before.
 """
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class Stack(nn.Module):
     def states(self, x, pos, spatial, memory):
         """Run the layers. (B, N, D) x 3, a Memory -> [(B, N, D)], one per layer, for the heads
 
-        [Conditional DETR]  spatial query of layer l = PE(r) * scale_l
+        [Conditional DETR]  spatial query of layer l = e * scale_l      (the paper's T)
         scale_1 = 1,  scale_l = MLP(f)  with f the state that enters layer l
         """
         scale, states = torch.ones_like(spatial), []

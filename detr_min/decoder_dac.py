@@ -25,7 +25,7 @@ class DecoderLayer(nn.Module):
 
         [DAC Eq. 1]  Q~_O^l = Q_O^l + Att_self(Que(Q_O^l), Key(Q_O^l), Val(Q_O^l))
 
-        is_blocked as in proposals.Queries
+        Here Q_O^l is queries, and the result is Q~_O^l. is_blocked as in proposals.Queries.
         """
         qk = queries + query_pos
         read, _ = self.self_attn(qk, qk, queries, attn_mask=is_blocked, need_weights=False)
@@ -36,8 +36,9 @@ class DecoderLayer(nn.Module):
 
         [DAC Eq. 2]  Q_O^(l+1) = FFN(Q~_O^l + Att_cross(Que(Q~_O^l), Key(Z), Val(Z)))
 
-        Deformable attention has no keys: Que says where to read the values Val(Z). The equation
-        leaves out the positions, the norms and the residual around the FFN; they are the release's.
+        Here Q~_O^l is queries, Z is memory, and the result is Q_O^(l+1). Deformable attention has
+        no keys: Que says where to read the values Val(Z). Both equations leave out the positions
+        and the norms, this one also the residual around the FFN; they are the release's.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -71,14 +72,18 @@ class DACDecoder(nn.Module):
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 2]
             delta = box_head(x)                                         # (B, N, 4)
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
-            base = boxes.refine(ref_boxes, delta)
+            base = boxes.refine(ref_boxes, delta)       # same numbers, gradient to this delta only
             ref_boxes = base.detach()
         return predictions
 
     def c_decoder(self, queries, memory):
         """Decode as `o_decoder` does, but no query ever sees another. In training only.
 
-        [DAC Eq. 3]  Q_C^(l+1) = FFN(Q_C^l + Att_cross(Que(Q_C^l), Key(Z), Val(Z)))
+        [DAC Eq. 3]  Q_C^(l+1) = FFN(Q_C^l + Att_cross(Que(Q_C^l), Key(Z), Val(Z))),  Q_C^0 = Q_O^0
+
+        It shares all layers and heads but self_attn and norm_self, starts from the same queries,
+        and then has states and boxes of its own.
+        Differs: the release starts after the O-Decoder's first self-attention (dac_release.py).
         """
         x, pos, ref_boxes = queries.content[0], queries.pos[0], queries.ref_boxes
         base, predictions = ref_boxes, []
@@ -86,6 +91,6 @@ class DACDecoder(nn.Module):
             x = layer.gather(x, pos, ref_boxes, memory)                 # (B, N, D)  [DAC Eq. 3]
             delta = box_head(x)                                         # (B, N, 4)
             predictions.append(boxes.Predictions(class_head(x), boxes.refine(base, delta)))
-            base = boxes.refine(ref_boxes, delta)
+            base = boxes.refine(ref_boxes, delta)       # same numbers, gradient to this delta only
             ref_boxes = base.detach()
-        return predictions
+        return predictions                                              # labels: one-to-many

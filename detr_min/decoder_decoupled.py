@@ -4,8 +4,8 @@
 token N + i for the box. `SplitDecoder`, whose tasks share no layer, is what the paper compares with
 [SD Eq. 2, Table 3]. Read `decoder_conditional.py` before and `query_gen.py` after.
 
-The paper prints Eq. 3 and draws norms and FFN per branch. Our choice: the scale and the final norm
-are per branch too, and each pair has one fixed reference.
+Eq. 3 prints an FFN for each task, and Fig. 2 also draws the norms inside each branch. Our choice:
+the scale and the final norm are per branch too, and each pair has one fixed reference.
 """
 import torch
 from torch import nn
@@ -50,6 +50,9 @@ class DecoderLayer(nn.Module):
         """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
+
+        Nothing marks a token's task. If the two tokens of each pair are equal, every key and value
+        occurs twice, softmax's mean stays the same, and this is the plain decoder's self-attention.
         """
         return self.norm_self(queries + self.drop(self.self_attn(queries, query_pos)))
 
@@ -81,7 +84,8 @@ class DecoupledDecoder(nn.Module):
 
     def o_decoder(self, queries, memory):
         """[SD Eq. 3]  Decode two sets of Queries and a Memory to [Predictions], N per layer."""
-        x, pos, spatial = (torch.cat([*sets], dim=1) for sets in queries[:3])       # (B, 2N, D)
+        sets = queries.content, queries.pos, queries.spatial
+        x, pos, spatial = (torch.cat([cls, loc], dim=1) for cls, loc in sets)       # (B, 2N, D)
         scale, predictions = torch.ones_like(spatial), []
         for layer in self.layers:
             x = layer.disperse(x, pos)                                  # (B, 2N, D)
@@ -95,7 +99,7 @@ class DecoupledDecoder(nn.Module):
 
 
 class SplitDecoder(nn.Module):
-    """[SD Eq. 2]  Two decoders that share nothing but reference points: one per task.
+    """[SD Eq. 2]  Two decoders, one per task, that share the memory and reference points alone.
 
     Eq. 2 was not readable to us; this is what Fig. 1 and Table 3 of the paper say of it.
     """
@@ -111,7 +115,7 @@ class SplitDecoder(nn.Module):
 
     def o_decoder(self, queries, memory):
         """Decode two sets of Queries and a Memory to [Predictions], N per layer."""
-        cls, loc = zip(*queries[:3])                    # content, pos and spatial, (B, N, D) each
+        cls, loc = zip(queries.content, queries.pos, queries.spatial)   # three of (B, N, D) each
         return [boxes.Predictions(self.class_head(x_cls),
                                   boxes.refine(queries.ref_points, self.box_head(x_loc)))
                 for x_cls, x_loc in zip(self.cls.states(*cls, memory),

@@ -35,7 +35,7 @@ class Detector(nn.Module):
             Output
         """
         levels, pads = self.read(lambda x: self.projections(self.backbone(x)), images, is_pad)
-        memory = self.encoder(levels, pads)         # of levels [(B, D, h/8, w/8), ...]
+        memory = self.encoder(levels, pads)         # of [(B, D, h/8, w/8), ...], or of one level
         queries = self.queries(memory)
         o_predictions = self.decoder.o_decoder(queries, memory)
         trains_both = self.training and hasattr(self.decoder, "c_decoder")

@@ -46,7 +46,7 @@ def class_head(d_model, num_classes, prior=0.01):
 def anchors(memory):
     """The box that each cell starts from: 5 % of the image wide and high on level 0, then doubling.
 
-    [Deformable DETR App. A.4]  anchor of a cell of level l = (x, y, 0.05 * 2^l, 0.05 * 2^l)
+    [Deformable DETR App. A.4]  anchor of a cell of level l = (x, y, .05 * 2^l, .05 * 2^l), l = 0...
 
     Args:
         memory  a Memory
@@ -74,8 +74,8 @@ class MiniDetector(nn.Module):
     def forward(self, memory):
         """A Memory -> Predictions, one per cell: logits (B, S, C), boxes (B, S, 4)
 
-        Trained with every object in class 0, so logit 0 says that there is an object. On padding
-        no class is likely.
+        The paper has one logit here, object or not; as released there are C. Every object is
+        trained as class 0, so logit 0 says that there is one. On padding no class is likely.
         """
         anchor, is_good = anchors(memory)
         cells = memory.tokens.masked_fill(~is_good[..., None], 0)

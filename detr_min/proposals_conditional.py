@@ -19,7 +19,7 @@ class Queries(NamedTuple):
     """N queries per image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
     content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
     pos: torch.Tensor                       # (T, B, N, D)  p, what self-attention knows of position
-    spatial: torch.Tensor                   # (T, B, N, D)  PE(r), what cross-attention knows of it
+    spatial: torch.Tensor                   # (T, B, N, D)  e, what cross-attention knows of it
     ref_points: torch.Tensor                # (B, N, 2)  r, (x, y) in [0, 1], the same for all sets
     proposals: boxes.Predictions | None     # the mini-detector's, one per cell: (B, S, ...)
 

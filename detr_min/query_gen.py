@@ -79,8 +79,8 @@ class PointPredictor(nn.Module):
             features  F_R  (P, D, 7, 7)
         Returns:
             (P, K, 2)  (x, y) in (-1, 1): (-1, -1) is the box's top left corner, (0, 0) its centre
-        As printed. The layers and the tanh are SAM-DETR's, with widths in proportion to D; the
-        start on a ring is ours.
+        The paper prints MLP(ConvNet(F_R)) alone. The layers and the tanh are SAM-DETR's, with
+        widths in proportion to D; the start on a ring is ours.
         """
         return self.net(features).unflatten(-1, (-1, 2)).tanh()
 
@@ -97,8 +97,8 @@ def points_to_query(features, points, ref_boxes):
     Returns:
         content (P, D), position (P, D)
     [SD Fig. 3] draws a content and a position for each task; bilinear reading and the mean are from
-    a reading note of the paper. Reading F_R rather than the full map, and the mean of embeddings
-    rather than the embedding of a mean, are our choice.
+    a reader's published note on the paper. Reading F_R rather than the full map, and the mean of
+    embeddings rather than the embedding of a mean, are our choice.
     """
     found = F.grid_sample(features, points[:, :, None], align_corners=False, padding_mode="border")
     on_image = ref_boxes[:, None, :2] + points * ref_boxes[:, None, 2:] / 2              # (P, K, 2)

@@ -29,7 +29,7 @@ def deformable_attention(value, spatial_shapes, locations, weights):
     """Sum the values at a query's sampling points, each times its attention weight.
 
     [Deformable DETR Eq. 3]  out[n, m] = sum_l sum_k  A[n,m,l,k] * value_l,m(location[n,m,l,k])
-    where m counts the heads
+    where m counts the heads; W_m and the sum over m are DeformableAttention.output_proj
 
     Args:
         value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads

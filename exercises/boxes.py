@@ -14,7 +14,9 @@ from detr_min.boxes import to_xyxy  # noqa: F401
 def giou(boxes, others):
     """Generalized IoU: it also ranks boxes that do not overlap, by how far apart they are.
 
-    GIoU(a, b) = IoU(a, b) - |hull \\ (a or b)| / |hull|        [Generalized IoU, CVPR 2019, Alg. 1]
+    GIoU(a, b) = IoU(a, b) - |hull without a and b| / |hull|    [Generalized IoU, CVPR 2019, Alg. 1]
+
+    The hull is the smallest box around both.
 
     Args and Returns as `iou`; (N, M), in (-1, 1].
     """
@@ -26,7 +28,7 @@ def giou(boxes, others):
 def refine(ref_boxes, delta):
     """Move a reference by a correction that is added before the sigmoid.
 
-    [Deformable DETR App. A.4]  box = sigmoid(logit(ref) + delta)
+    [Deformable DETR App. A.4; for a point App. A.3]  box = sigmoid(logit(ref) + delta)
 
     The logit keeps its argument 1e-5 away from 0 and 1, as the release does.
 

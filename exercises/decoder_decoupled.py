@@ -16,6 +16,9 @@ class DecoderLayer:
         """Self-attention over the tokens of both tasks. (B, 2N, D) -> (B, 2N, D)
 
         [SD Eq. 3]  self-att(cat(Q_cls, Q_loc)), joined as 2N tokens of width D
+
+        Nothing marks a token's task. If the two tokens of each pair are equal, every key and value
+        occurs twice, softmax's mean stays the same, and this is the plain decoder's self-attention.
         """
         raise NotImplementedError(
             "exercise 7, decoder_decoupled.DecoderLayer.disperse: "

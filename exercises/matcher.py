@@ -13,10 +13,12 @@ from detr_min import boxes  # noqa: F401
 def match_cost(logits, pred_boxes, gt_labels, gt_boxes):
     """Compute how badly prediction i explains object j. Lower is better.
 
-    [DETR Eq. 1], [Deformable DETR App. A.4]
+    [DETR Eq. 1], [Deformable DETR Sec. 5]
         cost[i, j] = 2 (focal_1(p) - focal_0(p)) + 5 |b_i - g_j|_1 - 2 GIoU(b_i, g_j),  p = p_i[c_j]
         focal_1(p) = -.25 (1-p)^2 log p    focal_0(p) = -.75 p^2 log(1-p)
-    (1e-8 is added inside each logarithm, as released.)
+    focal_1 is the focal loss of this logit if it is labelled 1, focal_0 if 0: the class term is
+    what the classification loss gains or loses by the match. 1e-8 is added inside each logarithm,
+    as released.
 
     Args:
         logits      z  (N, C)  before the sigmoid; p = sigmoid(z)
@@ -73,9 +75,10 @@ def match_quality(probs, pred_boxes, gt_labels, gt_boxes, class_weight=0.3, iou_
 def one_to_many(quality, threshold=0.4, k=6):
     """Assign up to k queries to each object; a query serves one object at most.
 
-    [DAC Eq. 4]  i is positive for j  <=>  quality[i, j] >= threshold, i is among the k best of
-    column j, and (ours) j is the best of row i. Ties go to the lower index. An object whose
-    qualities all stay below the threshold gets no query.
+    After [DAC Eq. 4], whose M is `quality` here:  i is positive for j  <=>  quality[i, j] >=
+    threshold, i is among the k best of column j, and (ours) j is the best of row i. The k best are
+    chosen first, so one that prefers another object is not replaced. Ties go to the lower index.
+    An object whose qualities all stay below the threshold gets no query.
 
     Args:
         quality     (N, M)  higher is better
