@@ -5,7 +5,6 @@ from studies.harness import Claim, Study
 PLAIN, CONDITIONAL = "--model deformable", "--model conditional --queries anchor_cells"
 CONSTANTS = {                       # variant -> what differs, as studies.constants reads it
     "k_1": "matcher.one_to_many.k=1",
-    "k_3": "matcher.one_to_many.k=3",
     "k_12": "matcher.one_to_many.k=12",
     "t_0.2": "matcher.one_to_many.threshold=0.2",
     "t_0.6": "matcher.one_to_many.threshold=0.6",
