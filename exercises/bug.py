@@ -1,6 +1,6 @@
 """Exercise 11: get a function with a bug in it.
 
-    python exercises/bug.py 3           # writes exercises/bug_3.py
+    python exercises/bug.py 3           # writes exercises/bug_3.py; in FOLDER: bug.py 3 FOLDER
     pytest --mine bug_3                 # red; mend the file until it is green
 
 One line is wrong. Shapes are right, nothing crashes, and a detector trains with it, only worse.
@@ -15,13 +15,13 @@ from exercises import stubs  # noqa: E402
 from exercises.grading import bank, catalogue  # noqa: E402
 
 
-def text_of(name):
-    """The file that is handed out."""
+def text_of(name, where=""):
+    """The file that is handed out; `where` follows the command that grades it."""
     mutant = bank.BUGS[name]
     module, *path = mutant.function.split(".")
     rows = [f'"""Bug {name[4:]} of exercise 11: one line of this function is not as it was in',
             f"{catalogue.path(module)}. Find it without looking there, mend it, and grade it with",
-            "", f"    pytest --mine {name}", '"""', *stubs.imports(module, [path]), "", ""]
+            "", f"    pytest --mine {name}{where}", '"""', *stubs.imports(module, [path]), "", ""]
     source = mutant.source()
     if path[:-1]:
         rows += [f"class {path[0]}:", f"    # its other parts: {catalogue.path(module)}", ""]
@@ -29,17 +29,22 @@ def text_of(name):
     return "\n".join(rows) + "\n" + source
 
 
-def main(words, folder=ROOT / "exercises"):
+def main(words):
     """Write a file, say so in a sentence, return the exit status."""
-    if len(words) != 1 or f"bug_{words[0]}" not in bank.BUGS:
-        print(f"Say which: a number from 1 to {len(bank.BUGS)}")
+    number, *place = words or [""]
+    if len(place) > 1 or f"bug_{number}" not in bank.BUGS:
+        print(f"Say which: a number from 1 to {len(bank.BUGS)}, and behind it a folder if you like")
         return 2
-    file = folder / f"bug_{words[0]}.py"
+    folder, where = stubs.HERE, ""
+    if place:
+        folder, where = pathlib.Path(place[0]), f" --folder={place[0]}"
+        folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"bug_{number}.py"
     if file.exists():
         print(f"{file} is there already and stays as it is; delete it to begin again")
         return 1
-    file.write_text(text_of(file.stem))
-    print(f"{file} written; grade it with `pytest --mine {file.stem}`")
+    file.write_text(text_of(file.stem, where))
+    print(f"{file} written; grade it with `pytest --mine {file.stem}{where}`")
     return 0
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+HERE = ROOT / "exercises"
 sys.path[0] = str(ROOT)             # not exercises/, whose files have the names of the package's
 from exercises.grading import catalogue  # noqa: E402
 MY_TESTS = '''"""To fill in: exercise 12 of exercises/README.md. Graded by
@@ -81,13 +82,14 @@ def imports(module, paths):
     return rows
 
 
-def header(module):
-    """Docstring and imports of a file to fill in."""
+def header(module, folder=""):
+    """Docstring and imports of a file to fill in; `folder` is its place, if not exercises/."""
     names = [".".join([module, *path]) for path in functions_of(module)]
     numbers = ", ".join(dict.fromkeys(str(catalogue.EXERCISES[name].number) for name in names))
     many = "s" * ("," in numbers)
     rows = [f'"""To fill in: exercise{many} {numbers} of exercises/README.md. Graded by', ""]
-    rows += [f"    pytest --mine {name}" for name in names] + ['"""']
+    where = f" --folder={folder}" * bool(folder)
+    rows += [f"    pytest --mine {name}{where}" for name in names] + ['"""']
     return "\n".join(rows + imports(module, functions_of(module))) + "\n"
 
 
@@ -120,14 +122,14 @@ def is_untouched(text):
         or isinstance(node, ast.FunctionDef) and is_stub(node) for node in nodes)
 
 
-def complete(module, text):
+def complete(module, text, folder=""):
     """A student's file with what is missing at the end of the file or of its class.
 
     A stub in which nothing was written follows its source, and so do the imports of a file that
     holds only such stubs.
     """
     if not text or is_untouched(text):
-        text = header(module)
+        text = header(module, folder)
     for path in functions_of(module):
         tree = ast.parse(text)
         node, rows = node_of(tree, path), text.splitlines()
@@ -156,7 +158,7 @@ def main(folder):
         file = folder / f"{module}.py"
         before = file.read_text() if file.exists() else ""
         try:
-            after = complete(module, before)
+            after = complete(module, before, "" if folder == HERE else folder)
         except SyntaxError as error:
             print(f"{file} left alone: Python cannot read line {error.lineno}, {error.msg}")
             continue
@@ -168,4 +170,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "exercises")
+    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

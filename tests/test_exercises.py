@@ -88,7 +88,8 @@ def test_stubs_are_written_once_and_never_over_what_a_student_wrote(tmp_path, ca
     fresh = {module: (tmp_path / f"{module}.py").read_text() for module in MODULES}
     for text in fresh.values():
         compile(text, "stub", "exec")
-        assert max(map(len, text.splitlines())) <= 100
+        assert f" --folder={tmp_path}\n" in text           # the command grades this file
+        assert max(map(len, text.split('"""', 2)[2].splitlines())) <= 100
     own = fresh["matcher"].replace('raise NotImplementedError(\n        "exercise 4',
                                    'return 42\n    print("exercise 4')
     assert own != fresh["matcher"]
@@ -227,13 +228,14 @@ def test_a_failure_shows_the_numbers_of_its_case_and_no_more(tmp_path):
                                   for number, name in enumerate(bank.BUGS)])
 def test_a_bug_is_red_as_handed_out_and_green_when_mended(tmp_path, name, capsys):
     """[exercise 11]  And nothing is written over it."""
-    assert bug.main([name[4:]], tmp_path) == 0
+    assert bug.main([name[4:], str(tmp_path)]) == 0
     file, mutant = tmp_path / f"{name}.py", bank.BUGS[name]
     status, tally, text = grade(name, tmp_path, UNTRAINED, "-x")
     assert status == pytest.ExitCode.TESTS_FAILED and tally.failed, text
     handed_out = file.read_text()
-    assert max(map(len, handed_out.splitlines())) <= 110
-    assert bug.main([name[4:]], tmp_path) == 1 and file.read_text() == handed_out
+    assert f"pytest --mine {name} --folder={tmp_path}\n" in handed_out
+    assert max(map(len, handed_out.split('"""', 2)[2].splitlines())) <= 110
+    assert bug.main([name[4:], str(tmp_path)]) == 1 and file.read_text() == handed_out
     indent = "    " * (mutant.function.count(".") - 1)
     wrong, right = (textwrap.indent(text, indent) for text in (
         mutant.source(), catalogue.source(mutant.function)))
@@ -561,19 +563,23 @@ def test_the_points_of_the_problem_set_add_up():
 
 
 def test_points_of_tests_become_points_of_the_problem_set(tmp_path, monkeypatch, capsys):
-    """giou is half of 6 points: 3 of 4 tests give 2.25. gather is half of 8: 1 of 2 gives 2."""
+    """giou is half of 6 points: 3 of 4 tests give 2.25. gather is half of 8: 1 of 2 gives 2.
+
+    A mended bug is 2 points, one that is nearly mended none. Two points are for the sentences.
+    """
     [code] = re.findall("```python points\n(.*?)```", (FOLDER / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "exercises").symlink_to(FOLDER)
     (tmp_path / "points.csv").write_text("""student,exercise,points,of,seconds,reason
 ada,boxes.giou,3,4,1,
 ada,decoder_decoupled.DecoderLayer.gather,1,2,1,
-bob,bug_4,1,1,1,
+bob,bug_1,4,4,1,
+bob,bug_8,3,4,1,
 """)
     exec(code, scope := {})
-    assert capsys.readouterr().out == "('ada', 4.25)\n('bob', 3.0)\n"
-    functions = {name.split(".")[-1] for name in catalogue.EXERCISES} | {"bug_4", "bug_5"}
-    assert scope["share"].keys() <= functions and sum(scope["share"].values()) == 76
+    assert capsys.readouterr().out == "('ada', 4.25)\n('bob', 2.0)\n"
+    functions = {name.split(".")[-1] for name in catalogue.EXERCISES} | {"bug_1", "bug_8"}
+    assert scope["share"].keys() <= functions and sum(scope["share"].values()) == 74
 
 
 def test_functions_and_links_of_the_problem_set_exist():
@@ -582,7 +588,7 @@ def test_functions_and_links_of_the_problem_set_exist():
              for name in names.replace("`", "").split(", ")]
     upto_9 = [name.split(".")[-1] for name, exercise in catalogue.EXERCISES.items()
               if exercise.number < 10]
-    assert sorted(named) == sorted([*upto_9, "bug_4", "bug_5"])
+    assert sorted(named) == sorted([*upto_9, "bug_1", "bug_8"])
     for file in (FOLDER / "README.md", FOLDER / "problem_set.md"):
         for link in re.findall(r"\]\(([^)#]+)", file.read_text()):
             assert (FOLDER / link).exists(), f"{file.name}: {link}"

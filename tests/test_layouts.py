@@ -193,7 +193,9 @@ def test_a_validation_json_is_never_trained_on(tmp_path):
 def test_a_folder_of_pictures_alone_is_told_what_is_missing(tmp_path):
     write_pictures(tmp_path)
     assert refusal(tmp_path) == (f"neither {tmp_path}/annotations/instances_train2017.json nor "
-                                 f"{tmp_path}/annotations/instances_train.json exists")
+                                 f"{tmp_path}/annotations/instances_train.json exists; no json of "
+                                 "boxes lies there in a layout that is read (docs/data.md shows "
+                                 "them)")
 
 
 # ---------------------------------------------------------------- docs/data.md

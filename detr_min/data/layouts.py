@@ -77,7 +77,8 @@ def what_lies_in(root):
         return lines
     inner = next((folder for folder in subfolders(root) if own_json(folder, "train")
                   or own_json(folder, "val") or conversion(folder)), None)
-    return f"; is {inner} meant?" if inner else ""
+    return f"; is {inner} meant?" if inner else (
+        "; no json of boxes lies there in a layout that is read (docs/data.md shows them)")
 
 
 def foreign(root):
