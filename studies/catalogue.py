@@ -172,6 +172,11 @@ STUDIES = {study.name: study for study in (
         seeds=3,
         programs={name: f"studies.constants {words}" for name, words in TARGETS.items()},
         borrows={"plain": "sd_detr", "plain_tal": "sd_detr"},
+        claims=(
+            Claim("the cell's feature is better content than zeros", "–", "plain", "plain_zero"),
+            Claim("task-aware queries help a decoder of one branch", "–", "plain_taq", "plain"),
+            Claim("the target s^.25 u^.75 is better than u alone", "–", "plain_tal", "tal_iou"),
+            Claim("that target is better than s^.5 u^.5", "–", "plain_tal", "tal_even")),
         **SD_ALIKE),
     Study(
         name="sd_controls_lr1",
