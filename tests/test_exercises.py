@@ -133,9 +133,16 @@ def test_a_stub_fails_with_a_sentence(tmp_path, module):
 
 # --- graders are graded ---------------------------------------------------------------------------
 
+def test_right_answers_pass_together():
+    others = [word for function in FUNCTIONS[1:] for word in ("--mine", function)]
+    status, tally, text = grade(FUNCTIONS[0], ROOT / "tests/answers", UNTRAINED, *others)
+    assert status == 0 and not tally.failed + tally.skipped, text
+    assert text.count("Green.") == len(FUNCTIONS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("answer", [pytest.param("the package's", marks=pytest.mark.slow),
-                                    "tests/answers"])
+@pytest.mark.parametrize("answer", ["the package's", "tests/answers"])
 def test_right_answers_pass(tmp_path, function, answer):
     folder = ROOT / answer
     if answer == "the package's":
