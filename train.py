@@ -59,6 +59,7 @@ def train(run):
         if stops:
             break
     bar.close()
+    interrupt.release()
 
 
 def main():

@@ -196,3 +196,13 @@ def test_first_weights_are_those_of_the_authors_code():
 def test_the_papers_presets_start_as_published(name):
     assert config.preset(name).recipe.start == "published"
     assert config.preset("shapes").recipe.start == "torch"
+
+
+@pytest.mark.parametrize("name, num_heads", [("deformable", 1), ("deformable_fixed", 2)])
+def test_boxes_of_learned_queries_start_small_where_a_layer_starts_from_a_point(name, num_heads):
+    """Without refinement every layer does: sides of sigmoid(-2) in place of one half."""
+    detector = registry.build(config.preset(
+        "shapes", model=name, queries="learned", d_model=32, num_heads=4, d_ffn=32,
+        encoder_layers=1, decoder_layers=2, num_queries=5, num_classes=3))
+    biases = [head[-1].bias[2:].tolist() for head in detector.decoder.box_heads]
+    assert biases == [[-2, -2]] * num_heads + [[0, 0]] * (2 - num_heads)

@@ -3,6 +3,7 @@ import io
 import sys
 
 import pytest
+import torch
 
 from detr_min.run import ending
 
@@ -30,6 +31,14 @@ def test_full_memory_is_said(error):
 def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a defect"), ending.in_a_sentence("prog"):
         raise error
+
+
+def test_a_mistake_in_code_keeps_its_traceback_though_it_is_a_value_error():
+    """A wrong index, or what torch raises itself, would tell no one where to look."""
+    with pytest.raises(ValueError, match="not in list"), ending.in_a_sentence("prog"):
+        [].index(0)
+    with pytest.raises(ValueError, match="learning rate"), ending.in_a_sentence("prog"):
+        torch.optim.SGD([torch.zeros(1)], lr=-1)
 
 
 def test_any_name_can_be_printed(monkeypatch):

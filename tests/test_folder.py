@@ -1,4 +1,5 @@
 """A run's folder: a new one is never an old one, and a resumed one goes on where it stopped."""
+import errno
 import json
 import pathlib
 import subprocess
@@ -143,6 +144,17 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path):
         other.communicate()
     begin(tmp_path / "run", seed=8)
     assert json.loads(path.read_text())["seed"] == 8
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="no locks here")
+
+    def no_locks(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    run = begin(tmp_path / "run", seed=7)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 7
+    run.config_file.close()
 
 
 def test_runs_without_out_get_names_of_their_own(monkeypatch, tmp_path):

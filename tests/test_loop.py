@@ -126,6 +126,21 @@ def test_an_error_names_step_images_and_what_is_saved(tmp_path):
             raise ValueError("told")
 
 
+def test_a_mistake_in_code_is_not_dressed_up(tmp_path):
+    run = saved(tmp_path / "run", step=2)
+    with pytest.raises(ValueError, match="^0 is not in list"):
+        with run.faults_named(5, 0.25, []):
+            [].index(0)
+
+
+def test_signals_go_back_to_what_they_did():
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = loop.Interrupt()
+    assert signal.getsignal(signal.SIGINT) == interrupt.request != before
+    interrupt.release()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_refused(number):
     loop.check_finite(torch.tensor(1.))

@@ -50,7 +50,8 @@ def resized_sides(h, w, size, max_size):
     """Short side to `size` px, unless the long side would pass `max_size`. -> (h, w)
 
     DETR's numbers: a short side below `size` is rounded, the long side is cut to whole pixels after
-    it. So where the short side is rounded up, the long one may still pass `max_size` a little.
+    it. So where the short side is rounded up, the long one may still pass `max_size`, that of a
+    strip one pixel wide by much.
     """
     short, long = min(h, w), max(h, w)
     if size * long / short > max_size:

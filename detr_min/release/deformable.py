@@ -51,7 +51,10 @@ class UnmixedTwoStageQueries(proposals.TwoStageQueries):
 
 
 class FixedReferenceDecoder(decoder_base.Decoder):
-    """Deformable DETR without refinement: every layer looks around the same point."""
+    """Deformable DETR without refinement: every layer looks around the same point.
+
+    Differs: each layer has heads of its own; as released they share one.
+    """
 
     def o_decoder(self, queries, memory):
         """Decode Queries and a Memory to Predictions, one per layer; the last is the answer."""

@@ -54,7 +54,7 @@ def join(windows, h, w, size):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def rolled_apart(h, w, size, shift):
+def rolled_apart(h, w, size, shift, device=None):
     """What to add to a score: -100 where only the roll brought two cells into one window, else 0.
 
     A roll by `shift` puts the first rows behind the last ones, where they share a window; so do
@@ -65,8 +65,8 @@ def rolled_apart(h, w, size, shift):
     Returns:
         (windows, 1, size * size, size * size)
     """
-    rows, columns = ((torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - shift).int()
-                     for n in (h, w))
+    rows, columns = ((place >= n - size).int() + (place >= n - shift).int()
+                     for n, place in ((n, torch.arange(n, device=device)) for n in (h, w)))
     part = split((3 * rows[:, None] + columns)[None, ..., None], size)[0]  # (windows, size*size, 1)
     return -100.0 * (part != part.mT)[:, None]
 
@@ -84,7 +84,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         padded = x.shape[1:3]
         bias = self.get_relative_position_bias()                # (1, heads, size*size, size*size)
         if shift:
-            bias = bias + rolled_apart(*padded, size, shift).to(bias)
+            bias = bias + rolled_apart(*padded, size, shift, bias.device).to(bias)
         qkv = self.qkv(split(x.roll((-shift, -shift), (1, 2)), size))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).transpose(2, 4).unbind(3)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, windows, heads, ., d)

@@ -4,6 +4,7 @@ Read after nothing; train.py and eval.py use it.
 """
 import contextlib
 import sys
+import traceback
 
 READER = "a process that reads pictures was killed; is the memory full?"
 MEMORY = "the memory is full: a smaller batch, smaller pictures or a smaller model needs less"
@@ -19,6 +20,18 @@ def cause(error):
     """What an error that no code of ours raised means, or ""."""
     text = f"{type(error).__name__}: {error}"
     return next((CAUSES[words] for words in CAUSES if words in text), "")
+
+
+def is_said(error):
+    """Whether a `raise` of this repository made an error, so that its words are for a person.
+
+    Any other ValueError is a mistake in code, whose traceback says more. The data sets' errors are
+    raised again by torch where a worker read the pictures.
+    """
+    if isinstance(error, OSError) or "Traceback" in str(error):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.line.startswith("raise ") and "site-packages" not in last.filename
 
 
 def what_is_said(error):
@@ -38,6 +51,8 @@ def in_a_sentence(program):
     try:
         yield
     except (ValueError, OSError) as error:
+        if not is_said(error):
+            raise
         sys.exit(f"{program}: {what_is_said(error)}")
     except (RuntimeError, MemoryError) as error:
         if not cause(error):

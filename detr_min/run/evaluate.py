@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from .. import boxes, matcher
 from ..data import batches, coco_json
+from . import processes
 
 STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
 NMS_PAIRS = 10000       # NMS looks at no more (query, class) pairs than this, as released
@@ -82,8 +83,8 @@ def detect(model, images, sizes_px, top_k=100, nms=None):
             kept = ops.batched_nms(boxes_xyxy[query], best[:NMS_PAIRS], label, nms)     # best first
             best, pair = best[kept], pair[kept]
         best, pair = best[:top_k], pair[:top_k]                                         # (k,)
-        edge = torch.tensor([w, h, w, h])
-        boxes_px = torch.minimum((boxes_xyxy[pair // logits.shape[1]] * edge).clamp(min=0), edge)
+        boxes_px = ops.clip_boxes_to_image(
+            boxes_xyxy[pair // logits.shape[1]] * torch.tensor([w, h, w, h]), (h, w))
         found.append({"scores": best.sigmoid(), "labels": pair % logits.shape[1],
                       "boxes_xyxy": boxes_px})
     return found
@@ -161,7 +162,7 @@ def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=
     """
     model = getattr(model, "module", model)     # DDP itself would wait for equal shares
     device = next(model.parameters(), torch.empty(0)).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes.rank(), processes.world()
     shapes = [image["width"] / image["height"] for image in map(dataset.coco.imgs.get,
                                                                 dataset.image_ids)]
     by_shape = sorted(range(len(dataset)), key=shapes.__getitem__)

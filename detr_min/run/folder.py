@@ -135,9 +135,11 @@ def claim(path, text):
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(f"another process trains in {path.parent}: take another --out") from None
+    except OSError:
+        pass                            # a file system without locks: as on Windows
     file.truncate(0)
     file.write(text)
     file.flush()

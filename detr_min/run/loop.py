@@ -70,6 +70,8 @@ class Run:
         try:
             yield
         except ValueError as error:
+            if not ending.is_said(error):
+                raise
             raise ValueError(f"step {step}, learning rate {lr:.2g}: {error} (images "
                              f"{[t.image_id for t in targets]}); step {self.progress['saved']} is "
                              "the last one saved") from error
@@ -115,7 +117,8 @@ class Run:
         """Measure AP on the validation set, log and draw it, keep the best model as best.pt."""
         find = functools.partial(evaluate.detect, top_k=self.cfg.recipe.detections)
         self.result = metrics, _ = evaluate.evaluate(
-            self.detector, self.val_set, self.cfg.batch, find, self.cfg.precision)
+            self.detector, self.val_set, self.cfg.batch // processes.world(), find,
+            self.cfg.precision)
         if processes.rank() == 0:
             step, scores = self.progress["step"], {
                 name: value for name, value in metrics.items() if name.startswith("AP")}
@@ -133,8 +136,8 @@ class Run:
         """Write metrics.json; print the result, and whether AP was still rising."""
         cfg, out, (metrics, table) = self.cfg, pathlib.Path(self.cfg.out), self.result
         processes.say(table)
-        train_metrics, _ = evaluate.evaluate(self.detector, self.plain_set, cfg.batch,
-                                             precision=cfg.precision)
+        train_metrics, _ = evaluate.evaluate(
+            self.detector, self.plain_set, cfg.batch // processes.world(), precision=cfg.precision)
         if processes.rank() == 0:
             seconds, cpu_seconds = self.progress["seconds"], self.progress["cpu_seconds"]
             before = logfile.best_before(out / "log.jsonl")
@@ -164,8 +167,13 @@ class Interrupt:
 
     def __init__(self):
         self.requested = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.request)
+        self.before = {name: signal.signal(name, self.request)
+                       for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        """Give the signals back to what they did before."""
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def request(self, number, frame):
         """Called by the signal."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 def join():
     """Meet the other processes, if torchrun started this one."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()           # gloo for tensors of a CPU, nccl for those of a GPU
 
 
 def leave():

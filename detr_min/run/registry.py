@@ -100,7 +100,9 @@ def build_deformable(cfg):
         deformable.add_dropout(detector, r.dropout)
     if cfg.queries == "learned":
         with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
-            decoder.box_heads[0][-1].bias[2:] = -2
+            every = None if cfg.model == "deformable_fixed" else 1      # layer starts from a point
+            for head in decoder.box_heads[:every]:
+                head[-1].bias[2:] = -2
     return detector
 
 

@@ -2,6 +2,8 @@
 
 Read after `config.py`.
 """
+import copy
+
 from ..data import dataset, transforms
 
 NUM_VAL_SHAPES = 200
@@ -16,10 +18,10 @@ def open_train(cfg):
                                                    (test, min(cfg.images, 100))))
     augment = (transforms.flip_and_resize if cfg.augment == "flip"
                else transforms.multi_scale_and_crop)(cfg.size, cfg.recipe.max_size)
-    augmented, plain = (dataset.open_folder(cfg.coco, "train", transform, cfg.images,
-                                            class_names(cfg), cfg.seed, cfg.val_share)
-                        for transform in (augment, test))
-    plain.image_ids = plain.image_ids[:100]
+    augmented = dataset.open_folder(cfg.coco, "train", augment, cfg.images, class_names(cfg),
+                                    cfg.seed, cfg.val_share)
+    plain = copy.copy(augmented)            # the json of many images is read and kept once
+    plain.transform, plain.image_ids = test, augmented.image_ids[:100]
     return augmented, plain
 
 
