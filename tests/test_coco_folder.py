@@ -115,7 +115,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
     shutil.rmtree(tmp_path / "coco" / "val")
     refused("instances_val.json is there but not its pictures")
     (tmp_path / "coco" / "annotations" / "instances_val.json").unlink()
-    refused("instances_val2017.json nor .*instances_val.json exists$")
+    refused("instances_val2017.json nor .*instances_val.json exists; no json of boxes")
 
 
 # ---------------------------------------------------------------- sample data
