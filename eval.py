@@ -95,6 +95,9 @@ def draw_photos(detector, args, out):
                  for label, score, box in zip(*columns)]
         print(f"{out / name}.png")
     (out / "detections.json").write_text(json.dumps(rows, indent=1))
+    if not rows:
+        print(f"eval.py: nothing scores {args.threshold:g} or more: try a lower --threshold",
+              file=sys.stderr)
 
 
 def draw_points(detector, args, out):

@@ -113,6 +113,14 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
     assert f"{tmp_path}; its 1 subfolders are not looked into" in said
 
 
+def test_photos_on_which_nothing_is_found_are_no_riddle(run, tmp_path, capsys):
+    photo(tmp_path / "a.jpg", seed=0)
+    program.main([str(run[0]), "--photos", str(tmp_path / "a.jpg"), "--threshold", "1",
+                  "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+    assert "nothing scores 1 or more: try a lower --threshold" in capsys.readouterr().err
+
+
 def test_a_photo_is_turned_as_its_exif_says(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                    # to be shown turned by 90 degrees
