@@ -65,8 +65,9 @@ def rolled_apart(h, w, size, shift, device=None):
     Returns:
         (windows, 1, size * size, size * size)
     """
-    rows, columns = ((place >= n - size).int() + (place >= n - shift).int()
-                     for n, place in ((n, torch.arange(n, device=device)) for n in (h, w)))
+    places = torch.arange(h, device=device), torch.arange(w, device=device)
+    rows, columns = ((place >= len(place) - size).int() + (place >= len(place) - shift).int()
+                     for place in places)
     part = split((3 * rows[:, None] + columns)[None, ..., None], size)[0]  # (windows, size*size, 1)
     return -100.0 * (part != part.mT)[:, None]
 

@@ -99,9 +99,9 @@ def build_deformable(cfg):
     if r.dropout:
         deformable.add_dropout(detector, r.dropout)
     if cfg.queries == "learned":
+        from_points = len(decoder.box_heads) if cfg.model == "deformable_fixed" else 1   # layers
         with torch.no_grad():                   # a point has no size: start at sigmoid(-2) = .12
-            every = None if cfg.model == "deformable_fixed" else 1      # layer starts from a point
-            for head in decoder.box_heads[:every]:
+            for head in decoder.box_heads[:from_points]:
                 head[-1].bias[2:] = -2
     return detector
 
