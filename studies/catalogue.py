@@ -153,6 +153,14 @@ STUDIES = {study.name: study for study in (
         claims=SD_CLAIMS,
         **SD_ALIKE),
     Study(
+        name="sd_detr_plateau",
+        question="The same with four times the steps",
+        common="--preset shapes_conditional --slow_lr 0 --steps 4000 --lr 2e-3",
+        variants={name: SD_VARIANTS[name] for name in ("plain", "sd_detr", "plain_tal", "dfl")},
+        seeds=3,
+        claims=SD_CLAIMS,
+        **SD_ALIKE),
+    Study(
         name="sd_detr_lr1",
         question="The same at half the learning rate",
         common=f"{SD_COMMON} --lr 1e-3",
