@@ -33,7 +33,8 @@ def parse(argv=None):
     parser.add_argument("--points", metavar="FILE", help="draw where the last layer looks")
     parser.add_argument("--explore", metavar="FILE_OR_ID", help="a page of what the queries do on "
                         "a photo, or on the validation image of this id, with its objects")
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn")
+    parser.add_argument("--threshold", type=float, default=evaluate.THRESHOLD,
+                        help="smallest score that is drawn")
     parser.add_argument("--top_k", type=int, default=0, help="detections an image; 0: preset's")
     parser.add_argument("--nms", type=float, metavar="IOU", help="drop boxes that overlap a better "
                         "one of their class by more; DAC-DETR's release is tested with .8")
@@ -116,6 +117,8 @@ def open_val(detector, args):
     if not cfg.preset.startswith("shapes") and not (args.coco or cfg.coco):
         raise ValueError(f"{args.weights} is a published file, which names no data: give "
                          "--coco DIR or --photos FILE")
+    if not args.coco:
+        sets.check_moved(cfg, args.weights, "give --coco DIR")
     val_set = sets.open_val(dataclasses.replace(cfg, coco=args.coco or cfg.coco),
                             detector.categories)
     if val_set.is_held_out:

@@ -112,6 +112,8 @@ def test_missing_folders_and_files_are_named(tmp_path):
     refused(r"13.png \(image id 13\) .*missing or empty")
     (tmp_path / "coco" / "val" / "13.png").unlink()
     refused(r"13.png \(image id 13\) .*missing or empty")
+    (tmp_path / "coco" / "val" / "14.png").unlink()
+    refused(r"13.png \(image id 13\) .*missing or empty on disk, one of 2 such pictures")
     shutil.rmtree(tmp_path / "coco" / "val")
     refused("instances_val.json is there but not its pictures")
     (tmp_path / "coco" / "annotations" / "instances_val.json").unlink()

@@ -142,7 +142,7 @@ def test_impossible_parts_are_refused(tmp_path):
     write_coco(tmp_path, GOOD, "train")
     write_coco(tmp_path, GOOD, "val")
     for arguments, sentence in (
-            ({"num_images": 5}, "has 4 images; asked for 5"),
+            ({"num_images": 5}, "has 4 images; asked for 5 .0 means all"),
             ({"num_images": -1}, "has 4 images; asked for -1"),
             ({"num_images": 2, "class_names": ("dog",)}, "has 1 images with dog; asked for 2"),
             ({"class_names": ("birds",)}, r"no class 'birds', did you mean 'bird'\? It has: cat"),

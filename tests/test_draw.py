@@ -47,8 +47,30 @@ def test_predictions_show_objects_and_what_scores_enough(tmp_path):
         assert [r[:4] for r in drawn if r[4] == "--"] == [tuple(a["bbox"]) for a in annotations]
         # .5 .5 .5 .25 of 128 pixels, though the network saw 64; the diamond is below the threshold
         assert [r for r in drawn if r[4] == "-"] == [(32, 48, 64, 32, "-")]
-        assert [text.get_text() for text in axes.texts] == ["triangle 0.90"]
-        assert axes.get_title() == f"image {i + 1}: {len(annotations)} objects, 1 found above 0.5"
+        names = [NAMES[ds.label_of[a["category_id"]]] for a in annotations]
+        assert [text.get_text() for text in axes.texts] == [*names, "triangle 0.90"]
+        assert axes.get_title() == (f"00000{i + 1}.png\n{len(names)} object{'s' * (len(names) > 1)}"
+                                    ", 1 detection")
+    assert figure.get_suptitle().endswith("detections that score 0.5 or more")
+
+
+def test_predictions_are_of_images_with_objects_first(tmp_path):
+    """The second picture drawn has none: there is only one that has."""
+    ds = dataset.open_shapes("val", transforms.resize(64, 64), 5, size_px=128)
+    for image_id in (1, 2, 3, 5):
+        ds.coco.imgToAnns[image_id] = []
+    figure = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png", num_images=2)
+    assert [axes.get_title()[:10] for axes in figure.axes] == ["000004.png", "000001.png"]
+    assert figure.axes[1].get_title().endswith("\n0 objects, 1 detection")
+
+
+def test_tiles_have_the_shape_of_the_pictures(tmp_path):
+    ds = dataset.open_shapes("val", transforms.resize(64, 64), 4, size_px=128)
+    for image in ds.coco.imgs.values():
+        image["width"], image["height"] = 128, 64
+    ds.picture = lambda image: torch.zeros(3, 64, 128, dtype=torch.uint8)
+    wide = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png")
+    assert wide.get_size_inches().tolist() == pytest.approx([4 * 3.2, 3.2 / 2 + .4])
 
 
 def test_predictions_at_a_lower_threshold_have_a_colour_for_each_class(tmp_path):
@@ -57,7 +79,8 @@ def test_predictions_at_a_lower_threshold_have_a_colour_for_each_class(tmp_path)
     assert len(figure.axes) == 8                        # in two rows of four
     found = [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "-"]
     assert len(found) == 2 and found[0].get_edgecolor() != found[1].get_edgecolor()
-    assert [text.get_text() for text in figure.axes[0].texts] == ["diamond 0.30", "triangle 0.90"]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[-2:] == ["diamond 0.30", "triangle 0.90"]
 
 
 def test_neighbouring_classes_differ_in_colour():

@@ -379,11 +379,12 @@ def test_the_order_of_a_dataset_does_not_matter():
         assert evaluate.evaluate(Rough(), pictures, batch_size=5) == (metrics, table)
 
 
-def test_evaluate_shows_progress_in_batches():
-    lengths = []
-    evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3, progress=lambda loader: lengths.append(
-        len(loader)) or loader)
-    assert lengths == [3]
+def test_evaluate_shows_progress_in_batches_on_a_terminal_alone(monkeypatch):
+    bars = []
+    monkeypatch.setattr(evaluate, "tqdm", lambda loader, **words: bars.append(
+        (len(loader), words["disable"])) or loader)
+    evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3)
+    assert bars == [(3, None)]
 
 
 def test_bf16_is_autocast_of_the_network_alone():

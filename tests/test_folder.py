@@ -235,6 +235,14 @@ def test_a_resume_on_other_data_is_refused(tmp_path):
         go_on(tmp_path / "run")
 
 
+def test_a_resume_whose_data_is_gone_names_run_and_data(tmp_path):
+    shapes.write_folder(tmp_path / "data", 4, 2, size_px=64)
+    saved(tmp_path / "run", preset="coco", coco=str(tmp_path / "data"), images=0)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="run was trained on .*data, which is no folder"):
+        go_on(tmp_path / "run")
+
+
 def test_classes_without_validation_images_do_not_stop_a_resume(tmp_path):
     """The json of validation lacks a class, or gives it another id: training's ids are saved."""
     shapes.write_folder(tmp_path / "data", 4, 2, size_px=64)

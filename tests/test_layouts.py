@@ -85,7 +85,7 @@ def test_the_lines_that_convert_a_folder_do_so(tmp_path, name):
     assert sentence.endswith(f"for --coco {tmp_path / 'it'}'s mine_coco")
     assert len(lines) == 1 + len(places)
     pytest.importorskip("supervision", reason="pip install supervision")
-    convert("\n".join(line.removeprefix("    ") for line in lines))
+    convert("\n".join(lines))
     for split in ("train", "val"):
         ds = dataset.open_folder(tmp_path / "it's mine_coco", split, KEEP_SIZE)
         assert ds.is_held_out == (split == "val" and len(places) == 1)

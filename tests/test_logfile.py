@@ -107,7 +107,7 @@ def test_a_line_for_people():
 @pytest.mark.parametrize("scores, best, says", [
     ([.1, .5, .511], (.5, 2), "still rising: it was 0.500 at step 2"),
     ([.1, .5, .51], (.5, 2), "not rising: it was 0.500 at step 2"),          # .01 is no rise yet
-    ([.5, .1, .49], (.5, 1), "not rising: it was 0.500 at step 1"),
+    ([.5, .1, .49], (.5, 1), "not rising: it was 0.500 at step 1, in best.pt"),
     ([.5, .1, .489], (.5, 1), "below its best: it was 0.500 at step 1, in best.pt"),
     ([.0, .0], (.0, 1), "not rising: it was 0.000 at step 1"),
     ([.3], None, "validated once, so whether it was still rising is not known"),

@@ -120,6 +120,33 @@ def test_a_folder_with_a_validation_json_says_nothing_of_it(folder):
     assert sets.said_of_val(cfg, sets.open_val(cfg, GOOD["categories"])) == ""
 
 
+def test_a_share_beside_a_validation_json_is_said_to_have_no_effect(folder):
+    cfg = config.preset("coco", coco=folder, val_share=0.3)
+    assert "--val_share has no effect" in sets.said_of_val(cfg, sets.open_val(cfg,
+                                                                              GOOD["categories"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*boxes leave their image")
+def test_what_cannot_be_learned_is_said(folder, tmp_path):
+    """Of 11 and 12: a box beside its picture, one without width, and no bird; crowds count as
+    nothing."""
+    whole = dataset.open_folder(folder, "train", transforms.resize(60, 60))
+    assert sets.said_of_objects(whole) == ""
+    coco = GOOD | {"categories": [*GOOD["categories"], {"id": 91, "name": "egg"}],
+                   "annotations": [annotation(1, 11, 3, [1, 1, 5, 5]),
+                                   annotation(2, 11, 7, [60, 1, 5, 5]),
+                                   annotation(3, 12, 7, [9, 9, 0, 5]),
+                                   annotation(4, 12, 90, [1, 1, 5, 5]) | {"iscrowd": 1}]}
+    for split in ("train", "val"):
+        write_coco(tmp_path / "b", coco, split)
+    train_set = dataset.open_folder(tmp_path / "b", "train", transforms.resize(60, 60))
+    assert sets.said_of_objects(train_set) == (
+        "\nboxes without area inside their picture, left out: 2"
+        "\nclasses without an object to learn from: 3 of 4 (dog, bird, egg)")
+    objects = [train_set.objects(image) for image in train_set.coco.imgs.values()]
+    assert sum(len(found["boxes"]) for found in objects) == 1       # the data set agrees
+
+
 def test_configs_from_before_val_share_still_load():
     values = dataclasses.asdict(config.preset("coco"))
     del values["val_share"]

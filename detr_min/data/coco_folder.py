@@ -10,29 +10,33 @@ from PIL import Image, ImageOps
 from . import coco_json
 
 
-def check_picture(root, folder, image, path):
-    """Refuse an image of the json at `path` whose picture is not there, or not to be used.
+def check_pictures(root, folder, images, path):
+    """Refuse images of the json at `path` whose pictures are not there, or not to be used.
 
     Raises:
-        DataError, FileNotFoundError: naming the picture and the image's id
+        DataError, FileNotFoundError: naming the first such picture and its image's id
     """
-    w, h = image["width"], image["height"]
-    if not (0 < min(w, h) <= max(w, h) <= coco_json.MOST_PX and 1 / 200 < w / h < 200):
-        raise coco_json.DataError(f"{path}: image {image['id']} has {w}x{h} pixels, too thin or "
-                                  "too large to be resized: leave it out")
-    file = folder / image["file_name"]
-    try:
-        real = os.path.realpath(file)
-        is_there = os.path.isfile(real) and os.path.getsize(real)
-    except (OSError, ValueError):               # a name that is too long, or no name at all
-        is_there = False
-    if not is_there:
-        raise FileNotFoundError(f"{str(file)[:500]} (image id {image['id']}) is in {path} but "
-                                "missing or empty on disk: an interrupted download?")
-    if not any(real.startswith(os.path.join(os.path.realpath(f), "")) for f in (folder, root)):
-        raise coco_json.DataError(
-            f"{file} (image id {image['id']}) is {real}, outside the data set's folder: copy it "
-            "there, or link the whole folder of pictures")
+    inside, missing = [os.path.join(os.path.realpath(f), "") for f in (folder, root)], []
+    for image in images:
+        w, h, file = image["width"], image["height"], folder / image["file_name"]
+        if not (0 < min(w, h) <= max(w, h) <= coco_json.MOST_PX and 1 / 200 < w / h < 200):
+            raise coco_json.DataError(f"{path}: image {image['id']} has {w}x{h} pixels, too thin "
+                                      "or too large to be resized: leave it out")
+        try:
+            real = os.path.realpath(file)
+            is_there = os.path.isfile(real) and os.path.getsize(real)
+        except (OSError, ValueError):           # a name that is too long, or no name at all
+            is_there = False
+        if not is_there:
+            missing.append(f"{str(file)[:500]} (image id {image['id']})")
+        elif not real.startswith(tuple(inside)):
+            raise coco_json.DataError(
+                f"{file} (image id {image['id']}) is {real}, outside the data set's folder: copy "
+                "it there, or link the whole folder of pictures")
+    if missing:
+        several = f", one of {len(missing)} such pictures" * (len(missing) > 1)
+        raise FileNotFoundError(f"{missing[0]} is in {path} but missing or empty on disk{several}: "
+                                "an interrupted download?")
 
 
 def read_picture(folder, image):

@@ -124,14 +124,13 @@ def open_folder(root, split, transform, num_images=0, class_names=(), seed=0, va
         of = f" with {', '.join(class_names)}" if class_names and split == "train" else ""
         rest = f" beside the {len(held)} held out for validation" if part.is_shared else ""
         raise coco_json.DataError(f"{path} has {len(image_ids)} images{of}{rest}; asked for "
-                                  f"{num_images or 'all'}")
+                                  + (f"{num_images} (0 means all)" if image_ids else "one or more"))
     if num_images:
         order = torch.randperm(len(image_ids), generator=batches.generator(seed))
         image_ids = [image_ids[i] for i in order[:num_images].sort().values.tolist()]
     first = coco.imgs[image_ids[0]]["file_name"]
     folder = next((f for f in part.folders if os.path.isfile(f / first)), part.folders[0])
-    for i in image_ids:
-        coco_folder.check_picture(root, folder, coco.imgs[i], path)
+    coco_folder.check_pictures(root, folder, [coco.imgs[i] for i in image_ids], path)
     read = functools.partial(coco_folder.read_picture, folder)
     opened = Detections(coco, image_ids, categories, read, transform, seed)
     opened.is_held_out = part.is_shared and split == "val"

@@ -115,4 +115,4 @@ def conversion(root):
              for path in yaml if not path.is_file()]
     return (f"; this is {layout} ({seen}), which these lines of Python convert (pip install "
             f"supervision) for --coco {copy}{''.join(asked)}"
-            + "".join(f"\n    {line}" for line in lines))
+            + "".join(f"\n{line}" for line in lines))

@@ -296,5 +296,5 @@ def check_resume(cfg, given):
     other = given - {"resume", "pause", "device"}
     if cfg.resume and other:
         raise ValueError("--resume goes on with the run's own flags; leave out "
-                         f"--{' --'.join(sorted(other))}")
+                         f"--{' --'.join(sorted(other))}, or train anew: --init_from {cfg.resume}")
     return cfg

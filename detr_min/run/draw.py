@@ -49,25 +49,38 @@ def total(part):
     return sum(part[term] for term in ("cls", "l1", "giou")) if isinstance(part, dict) else part
 
 
-def predictions(model, dataset, out_png, num_images=8, threshold=0.5):
-    """Draw the first images of a data set: objects in dashed white, and what scores enough."""
-    chosen = range(min(num_images, len(dataset)))
-    figure, grid = tiles(-(-len(chosen) // 4), min(4, len(chosen)))
+def predictions(model, dataset, out_png, num_images=8, threshold=evaluate.THRESHOLD):
+    """Draw the first images with objects, these in dashed white, and what scores enough.
+
+    If too few images have objects, others follow.
+    """
+    entries = [dataset.coco.imgs[image_id] for image_id in dataset.image_ids]
+    order = sorted(range(len(entries)), key=lambda i: not len(dataset.objects(entries[i])["boxes"]))
+    chosen, names = order[:num_images], [category["name"] for category in dataset.categories]
+    ratio = max(entries[i]["height"] / entries[i]["width"] for i in chosen)
+    figure, grid = tiles(-(-len(chosen) // 4), min(4, len(chosen)), min(max(ratio, 0.3), 2))
     for index, axes in zip(chosen, grid):
-        image, target = dataset[index]
+        (image, target), objects = dataset[index], dataset.objects(entries[index])
         [found] = evaluate.detect(model, [image], [target.size_px])
-        entry = dataset.coco.imgs[target.image_id]
-        objects = dataset.objects(entry)["boxes"].tolist()
-        show(axes, dataset.picture(entry))
-        for box in objects:
+        show(axes, dataset.picture(entries[index]))
+        for box, label in zip(objects["boxes"].tolist(), objects["labels"].tolist()):
             frame(axes, box, "white", "--")
+            axes.text(box[2], box[3], names[label], color="white", fontsize=5, parse_math=False,
+                      ha="right", va="bottom", clip_on=True)
         kept = found["scores"] >= threshold
         shown = detections(axes, {"scores": found["scores"][kept], "labels": found["labels"][kept],
-                                  "boxes": found["boxes_xyxy"][kept]},
-                           [c["name"] for c in dataset.categories])
-        axes.set_title(f"image {entry['id']}: {len(objects)} objects, {shown} found above "
-                       f"{threshold:g}", fontsize=8)
+                                  "boxes": found["boxes_xyxy"][kept]}, names)
+        axes.set_title(f"{entries[index]['file_name'][-44:]}\n"
+                       f"{counted(len(objects['labels']), 'object')}, "
+                       f"{counted(shown, 'detection')}", fontsize=8, parse_math=False)
+    figure.suptitle(f"dashed: objects; solid: detections that score {threshold:g} or more",
+                    fontsize=9)
     return save(figure, out_png)
+
+
+def counted(number, noun):
+    """`1 object`, `2 objects`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def photo(picture, found, names, out_png):
@@ -81,9 +94,9 @@ def photo(picture, found, names, out_png):
     return save(figure, out_png)
 
 
-def tiles(rows, columns):
-    """A Figure and its axes, row after row, for as many pictures."""
-    figure = Figure(figsize=(3.2 * columns, 3.6 * rows), layout="constrained")
+def tiles(rows, columns, ratio=1):
+    """A Figure and its axes, row after row, for as many pictures of this height to width."""
+    figure = Figure(figsize=(3.2 * columns, (3.2 * ratio + 0.4) * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()

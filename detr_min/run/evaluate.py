@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torchvision.ops as ops
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from .. import boxes, matcher
 from ..data import batches, coco_json
@@ -19,6 +20,7 @@ from . import processes
 
 STATS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}   # COCOeval's
 NMS_PAIRS = 10000       # NMS looks at no more (query, class) pairs than this, as released
+THRESHOLD = 0.4         # the smallest score that is drawn, or that a Predictor returns
 TABLE_CLASSES = 20              # the table has no more lines of classes than this
 
 
@@ -152,13 +154,13 @@ def table(metrics, counts, num_images):
         *(f"  {c:{width}}{text(metrics['per_class'][c])} {counts[c]:8}" for c in shown)])
 
 
-def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=0, progress=iter):
+def evaluate(model, dataset, batch_size, find=detect, precision="fp32"):
     """AP of a model on a dataset.Detections that leaves nothing to chance.
 
     Pictures of like shape share a batch, so there is little padding. Under torchrun each process
     takes its share, and all get what `coco_metrics` returns. `find` is `detect`, or a
-    functools.partial of it with another top_k or with nms. Precision is fp32 or bf16; `workers`
-    processes read pictures; `progress` wraps the loop, as tqdm does.
+    functools.partial of it with another top_k or with nms. Precision is fp32 or bf16. On a
+    terminal a bar shows how far it is.
     """
     model = getattr(model, "module", model)     # DDP itself would wait for equal shares
     device = next(model.parameters(), torch.empty(0)).device
@@ -167,9 +169,9 @@ def evaluate(model, dataset, batch_size, find=detect, precision="fp32", workers=
                                                                 dataset.image_ids)]
     by_shape = sorted(range(len(dataset)), key=shapes.__getitem__)
     share = torch.utils.data.Subset(dataset, by_shape[rank::world])
-    loader = torch.utils.data.DataLoader(share, batch_size, num_workers=workers, collate_fn=list)
+    loader = torch.utils.data.DataLoader(share, batch_size, collate_fn=list)
     results = []
-    for batch in progress(loader):
+    for batch in tqdm(loader, unit="batch", leave=False, disable=None if rank == 0 else True):
         images, targets = zip(*batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             found = find(model, images, [target.size_px for target in targets])

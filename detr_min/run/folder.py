@@ -83,6 +83,7 @@ def start(cfg):
         progress = content["progress"]
     elif cfg.coco:
         cfg = dataclasses.replace(cfg, coco=str(pathlib.Path(cfg.coco).absolute()))
+    sets.check_moved(cfg, cfg.resume, "put it there again, or link it")
     train_set, plain_set = sets.open_train(cfg)
     if content and (content["categories"] != train_set.categories
                     or progress["images"] != len(train_set)):
@@ -165,5 +166,5 @@ def open_folder(run):
         f"{len(run.val_set)} validation images of {cfg.size} to {cfg.recipe.max_size} px"
         f"{sets.said_of_val(cfg, run.val_set)}, {len(run.train_set.categories)} classes; "
         f"{cfg.steps} steps of {cfg.batch} images, lr {cfg.lr:g}, seed {cfg.seed}, {run.device}; "
-        f"run folder {out}")
+        f"run folder {out}{sets.said_of_objects(run.train_set)}")
     return run

@@ -52,7 +52,7 @@ def trend(ap, before):
     rise, was = round(ap - before["AP"], 3), f"{before['AP']:.3f} at step {before['step']}"
     if rise < -RISE:
         return f"below its best: it was {was}, in best.pt"
-    return f"{'still' if rise > RISE else 'not'} rising: it was {was}"
+    return f"{'still' if rise > RISE else 'not'} rising: it was {was}" + ", in best.pt" * (rise < 0)
 
 
 class Log:

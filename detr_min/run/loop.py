@@ -129,7 +129,7 @@ class Run:
                 self.save("best.pt")
             out = pathlib.Path(self.cfg.out)
             draw.curves(out / "log.jsonl", out / "curves.png")
-            draw.predictions(self.detector, self.val_set, out / "predictions.png", threshold=0.35)
+            draw.predictions(self.detector, self.val_set, out / "predictions.png")
         self.log.restart_clock()
 
     def finish(self):
@@ -149,7 +149,8 @@ class Run:
             processes.say(
                 f"{evaluate.headline(train_metrics)} on {len(self.plain_set)} training images as "
                 f"they are\n{cfg.steps} steps of {cfg.batch} images in {seconds:.0f} s "
-                f"({cpu_seconds:.0f} CPU-seconds); see {out}/predictions.png, curves.png\n"
+                f"({cpu_seconds:.0f} CPU-seconds), validation not counted; see "
+                f"{out}/predictions.png, curves.png\n"
                 f"{evaluate.headline(metrics)}  {logfile.trend(metrics['AP'], before)}")
 
 

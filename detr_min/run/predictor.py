@@ -63,7 +63,7 @@ class Predictor:
         resize = transforms.resize(self.config.size, self.config.recipe.max_size)
         return transforms.normalise(resize(picture))
 
-    def detect(self, pictures, threshold=0.4, top_k=None, nms=None):
+    def detect(self, pictures, threshold=evaluate.THRESHOLD, top_k=None, nms=None):
         """Find the objects in a picture or in each of several.
 
         Args:

@@ -3,10 +3,22 @@
 Read after `config.py`.
 """
 import copy
+import pathlib
 
 from ..data import dataset, transforms
 
 NUM_VAL_SHAPES = 200
+
+
+def check_moved(cfg, run, remedy):
+    """Refuse to go on with a run, or to test it, where its data is gone.
+
+    Raises:
+        FileNotFoundError
+    """
+    if run and cfg.coco and not pathlib.Path(cfg.coco).is_dir():
+        raise FileNotFoundError(f"{run} was trained on {cfg.coco}, which is no folder now: "
+                                f"{remedy}")
 
 
 def open_train(cfg):
@@ -40,8 +52,29 @@ def open_val(cfg, categories):
 
 def said_of_val(cfg, val_set):
     """Where the validation images come from, if that needs to be said; else ""."""
-    return (f" (there is no validation json: --val_share {cfg.val_share:g} of the images, drawn by "
-            f"--seed {cfg.seed}, are held out)" if val_set.is_held_out else "")
+    if val_set.is_held_out:
+        return (f" (there is no validation json: --val_share {cfg.val_share:g} of the images, drawn"
+                f" by --seed {cfg.seed}, are held out)")
+    unused = cfg.coco and cfg.val_share != type(cfg).val_share
+    return " (there is a validation json, so --val_share has no effect)" if unused else ""
+
+
+def said_of_objects(train_set):
+    """Sentences on what cannot be learned: classes without an object, boxes without area; or ""."""
+    counts, num_flat = dict.fromkeys(train_set.label_of, 0), 0
+    for image in map(train_set.coco.imgs.get, train_set.image_ids):
+        for a in train_set.coco.imgToAnns.get(image["id"], []):
+            if not a["iscrowd"] and a["category_id"] in counts:
+                x, y, w, h = a["bbox"]
+                is_flat = (min(x + w, image["width"]) <= max(x, 0)
+                           or min(y + h, image["height"]) <= max(y, 0))
+                num_flat += is_flat
+                counts[a["category_id"]] += not is_flat
+    empty = [c["name"] for c in train_set.categories if not counts[c["id"]]]
+    shown = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
+    return (f"\nboxes without area inside their picture, left out: {num_flat}" * bool(num_flat)
+            + f"\nclasses without an object to learn from: {len(empty)} of {len(counts)} ({shown})"
+            * bool(empty))
 
 
 def class_names(cfg):
