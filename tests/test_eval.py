@@ -55,9 +55,7 @@ def photo(path, size=(90, 60), mode="RGB", seed=0):
     Image.fromarray(pixels).convert(mode).save(path)
 
 
-SD_SLOW, RUN_SLOW = (
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == slow)) for name in ("run", "sd_run")]
-    for slow in ("sd_run", "run"))
+SD_SLOW = ["run", pytest.param("sd_run", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("which", SD_SLOW)
@@ -159,7 +157,7 @@ def test_detections_and_sampling_points_are_drawn(which, request, tmp_path):
     assert len(rows) == 3 and {row["label"] for row in rows} <= set(shapes.CLASSES)
 
 
-@pytest.mark.parametrize("which", RUN_SLOW)
+@pytest.mark.parametrize("which", SD_SLOW)
 def test_pages_of_a_photo_and_of_a_validation_image(which, request, tmp_path, capsys):
     """Digits are an image's id, of the run's set or of --coco's; its objects come with it."""
     photo(tmp_path / "a.png")

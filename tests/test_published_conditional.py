@@ -91,6 +91,7 @@ def test_a_file_loads_and_says_itself_whether_it_is_dc5(dilated, write, generato
                  state["transformer.decoder.layers.2.ca_qpos_sine_proj.weight"])
 
 
+@pytest.mark.slow
 def test_a_file_without_args_is_dc5_if_told_so(write, generator):
     path = write({"model": official(body_of(True)), "args": {"nheads": 4}})
     assert checkpoints.load_model(path).config.backbone == "resnet50"

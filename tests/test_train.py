@@ -22,13 +22,15 @@ EACH_PART_OF_SD_DETR = [
     ["--model", "decoupled", "--queries", "task_aware"],
     ["--model", "decoupled", "--queries", "task_aware", "--loss", "tal"],
     ["--model", "split"], ["--model", "dac_decoupled"], ["--preset", "shapes_sd"]]
-SMALL = ["--images", "4", "--batch", "2", "--size", "64", "--device", "cpu"]
+SMALL = ["--images", "4", "--batch", "2", "--size", "32", "--device", "cpu"]
 TINY = dict(d_model=32, num_heads=4, d_ffn=32, decoder_layers=2, num_queries=12)
 
 
 @pytest.fixture(autouse=True)
 def tiny_networks_and_few_validation_images(monkeypatch, no_pictures):
     monkeypatch.setattr(sets, "NUM_VAL_SHAPES", 2)
+    for times in ("NUM_SAVES", "NUM_EVALS"):
+        monkeypatch.setattr(loop, times, 2)
     for name in ("shapes", "shapes_conditional", "shapes_sd"):
         monkeypatch.setitem(config.PRESETS, name, {**config.PRESETS[name], **TINY})
 
@@ -131,8 +133,8 @@ def test_each_part_of_sd_detr_resumes_bit_for_bit(words, monkeypatch, tmp_path):
     assert_same_weights(paused, straight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model", ["dac_release", pytest.param("deformable",
-                                                                marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dac_release", "deformable"])
 def test_denoising_is_a_function_of_seed_and_step(model, monkeypatch, tmp_path):
     """With denoising queries too a resumed run is the straight one bit for bit; another seed not.
 

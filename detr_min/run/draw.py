@@ -66,7 +66,8 @@ def predictions(model, dataset, out_png, num_images=8, threshold=evaluate.THRESH
         for box, label in zip(objects["boxes"].tolist(), objects["labels"].tolist()):
             frame(axes, box, "white", "--")
             axes.text(box[2], box[3], names[label], color="white", fontsize=5, parse_math=False,
-                      ha="right", va="bottom", clip_on=True)
+                      ha="right", va="bottom", clip_on=True,
+                      bbox={"facecolor": "black", "edgecolor": "none", "pad": 0.5, "alpha": 0.5})
         kept = found["scores"] >= threshold
         shown = detections(axes, {"scores": found["scores"][kept], "labels": found["labels"][kept],
                                   "boxes": found["boxes_xyxy"][kept]}, names)
