@@ -3,8 +3,10 @@
 Each folder lists its files in the docstring of its __init__.py; that listing is the rule.
 """
 import ast
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -125,3 +127,28 @@ def test_import_is_quick():
                          capture_output=True)
     seconds, has_torch = run.stdout.split()
     assert float(seconds) < 1 and has_torch == "False"
+
+
+def test_an_installed_copy_has_every_folder_and_the_page():
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    packages = re.search(r"packages = (\[.*?\])", text)[1]
+    assert ast.literal_eval(packages) == [f"detr_min.{name}".rstrip(".") for name in FOLDERS]
+    others = {f"{path.parent.name}/{path.name}" for path in ROOT.rglob("*.*")
+              if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == {"run/explorer.html"} and '{"detr_min.run" = ["explorer.html"]}' in text
+
+
+@pytest.mark.slow
+def test_a_program_elsewhere_can_import_an_installed_copy(tmp_path):
+    """Installed from a copy, as building leaves folders behind; without its dependencies."""
+    copy, site = tmp_path / "clone", tmp_path / "site"
+    shutil.copytree(ROOT, copy / "detr_min")
+    for name in ("pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT.parent / name, copy)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
+                    "--no-build-isolation", "--target", site, copy], check=True)
+    code = "import detr_min; from detr_min.run import explore; print(detr_min.__file__)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, check=True,
+                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(site)})
+    assert told.stdout.strip() == str(site / "detr_min" / "__init__.py")
+    assert (site / "detr_min" / "run" / "explorer.html").is_file()
