@@ -4,13 +4,14 @@
 module that decides where to look. Everything from `ms_deform_attn` on computes the same numbers
 faster on a CPU; skip it on a first reading. Read `boxes.py` before and `backbone.py` after.
 
-The file needs torch and nothing else. Copied into another project, `ms_deform_attn` replaces the
+The file needs torch and scipy alone. Copied into another project, `ms_deform_attn` replaces the
 function that Deformable-DETR, mmcv and transformers share.
 """
 import math
 import warnings
 from typing import NamedTuple
 
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -214,7 +215,7 @@ class GatherSum(torch.autograd.Function):
     """Weighted sums of table rows:  out[i] = sum over j of share[i, j] * table[row[i, j]]
 
     F.embedding_bag computes the same, but its own backward is slow. Here the gradient of the shares
-    is a sampled matrix product, and that of the table is the same weighted sum the other way round.
+    is a sampled matrix product, and that of the table is a product with a sparse matrix.
     """
 
     @staticmethod
@@ -237,19 +238,9 @@ class GatherSum(torch.autograd.Function):
                                           (sums, len(padded)), check_invariants=False)
         grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
 
-        # d/d table[r] = sum of share[i, j] * grad[i] over the entries with row[i, j] = r
-        pieces = 4 if sums * terms > 8 * rows else 1    # four short sorts take less than a long one
-        grad_table, *rest = (scatter_sum(grad, r, s, rows) for r, s in zip(
-            row.chunk(pieces, dim=1), share.chunk(pieces, dim=1)))
-        for part in rest:
-            grad_table += part
+        # d/d table[r] = sum of share[i, j] * grad[i] over the entries with row[i, j] = r: that
+        # matrix, transposed, times grad. Torch would sort the entries first
+        transposed = scipy.sparse.csc_array((share.flatten().numpy(), row.flatten().numpy(),
+                                             ends.numpy()), shape=(rows, sums))
+        grad_table = torch.from_numpy(transposed @ grad.numpy())
         return grad_table, None, grad_share.view(sums, terms)
-
-
-def scatter_sum(grad, row, share, rows):
-    """Add share[i, j] * grad[i] to table[row[i, j]]. (sums, d), (sums, terms) x 2 -> (rows, d)"""
-    terms, row = row.shape[1], row.flatten()
-    order = row.sort().indices                          # entries of row 0 first, then of row 1, ...
-    ends = F.pad(row.bincount(minlength=rows).cumsum(0), (1, 0))
-    return F.embedding_bag(order // terms, grad, ends, mode="sum", include_last_offset=True,
-                           per_sample_weights=share.flatten().index_select(0, order))

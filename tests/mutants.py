@@ -47,8 +47,6 @@ USERS = {       # whose tests run too, if a file's own let a mutant live
 SURVIVORS = {       # (function, mistake): why no test can or should notice
     ("attention.neighbours", "the border goes on below"):
         "A cell below 0 has share 0, so which cell of the map stands for it does not matter.",
-    ("attention.GatherSum.backward", "never in pieces"):
-        "The sums are the same; four short sorts are quicker.",
     ("proposals.anchors", "padding is good"):
         "The centre of a cell of padding lies beyond 1, and no anchor beyond .99 is good.",
     ("decoder_decoupled_deformable.level_of", "h and w swapped"):
