@@ -113,3 +113,12 @@ def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
     for inside in ("sub/folder/a..b.png", "../train/b.png"):
         coco["images"][1]["file_name"] = inside
         coco_json.check(coco, tmp_path / "x.json")
+
+
+def test_outlines_are_not_kept_in_memory():
+    """A json of COCO is mostly these; boxes and areas are its own."""
+    coco = copy.deepcopy(GOOD)
+    for annotation in coco["annotations"]:
+        annotation["segmentation"] = [[0.5] * 1000]
+    kept = coco_json.index(coco_json.check(coco, "it.json")).anns
+    assert list(kept.values()) == GOOD["annotations"]

@@ -152,6 +152,7 @@ def index(data):
     renumber = not all(type(a.get("id")) is int and 0 < abs(a["id"]) <= MOST_ID
                        for a in data["annotations"])
     for number, a in enumerate(data["annotations"], 1):
+        a.pop("segmentation", None)             # most of the memory, and no box needs it
         a.setdefault("iscrowd", 0)
         a.setdefault("area", a["bbox"][2] * a["bbox"][3])
         a["id"] = number if renumber else a["id"]

@@ -81,8 +81,11 @@ def start(cfg):
     if cfg.resume:
         cfg, content = read_resumed(cfg)
         progress = content["progress"]
-    elif cfg.coco:
-        cfg = dataclasses.replace(cfg, coco=str(pathlib.Path(cfg.coco).absolute()))
+    else:               # what can be refused at once, before the json of many images is read
+        cfg = dataclasses.replace(cfg, out=str(new_folder(cfg)), coco=cfg.coco and str(
+            pathlib.Path(cfg.coco).absolute()))
+        if cfg.init_from and not pathlib.Path(cfg.init_from).exists():
+            raise FileNotFoundError(f"--init_from {cfg.init_from} does not exist")
     sets.check_moved(cfg, cfg.resume, "put it there again, or link it")
     train_set, plain_set = sets.open_train(cfg)
     if content and (content["categories"] != train_set.categories
@@ -95,8 +98,7 @@ def start(cfg):
     sets.check_queries(train_set, cfg.recipe.num_queries)
     epoch_steps = math.ceil(len(train_set) / cfg.batch)
     recipe = dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories))
-    cfg = dataclasses.replace(cfg, out=cfg.resume or str(new_folder(cfg)), recipe=recipe,
-                              steps=epoch_steps * cfg.epochs or cfg.steps)
+    cfg = dataclasses.replace(cfg, recipe=recipe, steps=epoch_steps * cfg.epochs or cfg.steps)
     torch.manual_seed(cfg.seed)
     detector = registry.build(cfg)
     if content:
