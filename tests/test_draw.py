@@ -127,3 +127,13 @@ def test_curves_of_a_run_that_was_stopped_at_once(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     draw.curves(tmp_path / "log.jsonl", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_drawn_without_complaint(tmp_path):
+    ds = dataset.open_shapes("val", transforms.resize(64, 64), 1)
+    ds.coco.imgs[1]["file_name"] = "照片/$x$_\n" + "é" * 60 + ".jpg"
+    ds.categories = [{"id": i, "name": "猫"} for i in range(4)]
+    figure = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png")
+    assert check_png(tmp_path / "a.png")
+    assert figure.axes[0].get_title().startswith("é" * 40 + ".jpg\n")

@@ -6,6 +6,7 @@ a png and returns the Figure. Read after `evaluate.py`.
 import colorsys
 import json
 import pathlib
+import warnings
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -134,5 +135,8 @@ def detections(axes, found, names):
 
 
 def save(figure, out_png):
-    figure.savefig(out_png, dpi=DPI)
+    """Write a png. Letters that the font lacks, as in Chinese names, are drawn as empty boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(out_png, dpi=DPI)
     return figure
