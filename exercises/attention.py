@@ -6,6 +6,7 @@
 import math  # noqa: F401
 import warnings  # noqa: F401
 from typing import NamedTuple  # noqa: F401
+import scipy.sparse  # noqa: F401
 import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
 from torch import nn  # noqa: F401
