@@ -2,7 +2,7 @@
 
     python eval.py runs/dac_shapes                            # AP on the run's own validation set
     python eval.py runs/dac_shapes/best.pt --coco DIR         # on a COCO folder's, classes by name
-    python eval.py RUN --photos holiday/ --threshold 0.4      # a png per photo, and detections.json
+    python eval.py RUN --photos holiday/ --threshold 0.3      # a png per photo, and detections.json
     python eval.py RUN --points photo.jpg                     # where the last layer looks
     python eval.py RUN --explore photo.jpg                    # a page to play with, every layer
     python eval.py RUN --explore 12                           # ... of a validation image, by its id

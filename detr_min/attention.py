@@ -4,7 +4,7 @@
 module that decides where to look. Everything from `ms_deform_attn` on computes the same numbers
 faster on a CPU; skip it on a first reading. Read `boxes.py` before and `backbone.py` after.
 
-The file needs torch and scipy alone. Copied into another project, `ms_deform_attn` replaces the
+The file needs only torch and scipy. Copied into another project, `ms_deform_attn` replaces the
 function that Deformable-DETR, mmcv and transformers share.
 """
 import math
@@ -239,7 +239,7 @@ class GatherSum(torch.autograd.Function):
         grad_share = torch.sparse.sampled_addmm(pattern, grad, padded.T, beta=0.0).values()
 
         # d/d table[r] = sum of share[i, j] * grad[i] over the entries with row[i, j] = r: that
-        # matrix, transposed, times grad. Torch would sort the entries first
+        # matrix, transposed, times grad (torch's own product would sort the entries first)
         transposed = scipy.sparse.csc_array((share.flatten().numpy(), row.flatten().numpy(),
                                              ends.numpy()), shape=(rows, sums))
         grad_table = torch.from_numpy(transposed @ grad.numpy())

@@ -113,7 +113,10 @@ def test_missing_folders_and_files_are_named(tmp_path):
     (tmp_path / "coco" / "val" / "13.png").unlink()
     refused(r"13.png \(image id 13\) .*missing or empty")
     (tmp_path / "coco" / "val" / "14.png").unlink()
-    refused(r"13.png \(image id 13\) .*missing or empty on disk, one of 2 such pictures")
+    refused(r"13.png \(image id 13\) .*missing or empty on disk \(2 of 4 pictures\): an int")
+    for picture in (tmp_path / "coco" / "val").iterdir():
+        picture.unlink()
+    refused(r"11.png .*\(4 of 4 pictures\): do the pictures lie in another folder")
     shutil.rmtree(tmp_path / "coco" / "val")
     refused("instances_val.json is there but not its pictures")
     (tmp_path / "coco" / "annotations" / "instances_val.json").unlink()

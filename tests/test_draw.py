@@ -49,18 +49,18 @@ def test_predictions_show_objects_and_what_scores_enough(tmp_path):
         assert [r for r in drawn if r[4] == "-"] == [(32, 48, 64, 32, "-")]
         names = [NAMES[ds.label_of[a["category_id"]]] for a in annotations]
         assert [text.get_text() for text in axes.texts] == [*names, "triangle 0.90"]
-        assert axes.get_title() == (f"00000{i + 1}.png\n{len(names)} object{'s' * (len(names) > 1)}"
-                                    ", 1 detection")
+        assert axes.get_title() == (f"image {i + 1}: 00000{i + 1}.png\n{len(names)} object"
+                                    f"{'s' * (len(names) > 1)}, 1 detection")
     assert figure.get_suptitle().endswith("detections that score 0.5 or more")
 
 
 def test_predictions_are_of_images_with_objects_first(tmp_path):
-    """The second picture drawn has none: there is only one that has."""
+    """Only one picture has objects, so the second drawn has none."""
     ds = dataset.open_shapes("val", transforms.resize(64, 64), 5, size_px=128)
     for image_id in (1, 2, 3, 5):
         ds.coco.imgToAnns[image_id] = []
     figure = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png", num_images=2)
-    assert [axes.get_title()[:10] for axes in figure.axes] == ["000004.png", "000001.png"]
+    assert [axes.get_title()[:7] for axes in figure.axes] == ["image 4", "image 1"]
     assert figure.axes[1].get_title().endswith("\n0 objects, 1 detection")
 
 
@@ -90,8 +90,7 @@ def test_neighbouring_classes_differ_in_colour():
 
 
 @pytest.mark.parametrize("h, w, size", [(64, 128, (640, 320)), (900, 800, (800, 900)),
-                                        (700, 7, (24, 700)), pytest.param(
-                                            1000, 3200, (1600, 500), marks=pytest.mark.slow)])
+                                        (200, 3200, (1600, 100)), (700, 7, (24, 700))])
 def test_photo_is_large_enough_to_read_and_small_enough_to_open(tmp_path, h, w, size):
     """All that a Predictor found is drawn, the surest on top."""
     picture = torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
@@ -131,9 +130,12 @@ def test_curves_of_a_run_that_was_stopped_at_once(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_names_in_any_script_are_drawn_without_complaint(tmp_path):
-    ds = dataset.open_shapes("val", transforms.resize(64, 64), 1)
-    ds.coco.imgs[1]["file_name"] = "照片/$x$_\n" + "é" * 60 + ".jpg"
+    ds = dataset.open_shapes("val", transforms.resize(64, 64), 2)
+    ds.coco.imgs[1]["file_name"] = "a\\b/照片$x^$\n.jpg"             # no formula of matplotlib's
+    ds.coco.imgs[2]["file_name"] = "0123456789abc" + "é" * 60 + "123456789.jpg"
     ds.categories = [{"id": i, "name": "猫"} for i in range(4)]
     figure = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png")
     assert check_png(tmp_path / "a.png")
-    assert figure.axes[0].get_title().startswith("é" * 40 + ".jpg\n")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0].startswith("image 1: 照片$x^$\n.jpg\n")
+    assert titles[1].startswith("image 2: 0123456789abc...123456789.jpg\n")

@@ -384,7 +384,10 @@ def test_evaluate_shows_progress_in_batches_on_a_terminal_alone(monkeypatch):
     monkeypatch.setattr(evaluate, "tqdm", lambda loader, **words: bars.append(
         (len(loader), words["disable"])) or loader)
     evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3)
-    assert bars == [(3, None)]
+    assert bars == [(3, None)]                              # None: off where there is no terminal
+    monkeypatch.setattr(evaluate.processes, "rank", lambda: 1)
+    evaluate.evaluate(Centroid(), Pictures(ONE_EACH), 3)
+    assert bars[1] == (2, True)                             # it has the other images
 
 
 def test_bf16_is_autocast_of_the_network_alone():

@@ -236,14 +236,14 @@ def test_a_resume_on_other_data_is_refused(tmp_path):
 
 
 def test_flags_are_refused_before_a_json_is_read(tmp_path, monkeypatch):
-    """That of many images takes a while."""
+    """Reading the json of many images takes a while."""
     monkeypatch.setattr(sets, "open_train", None)
     data = dict(preset="coco", coco=str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").touch()
     with pytest.raises(FileExistsError, match="--out .*run holds a run already"):
         begin(tmp_path / "run", **data)
-    with pytest.raises(FileNotFoundError, match="--init_from .*nothing.pt does not exist"):
+    with pytest.raises(FileNotFoundError, match="nothing.pt does not exist: a run folder or"):
         begin(tmp_path / "new", init_from=str(tmp_path / "nothing.pt"), **data)
 
 
@@ -251,7 +251,7 @@ def test_a_resume_whose_data_is_gone_names_run_and_data(tmp_path):
     shapes.write_folder(tmp_path / "data", 4, 2, size_px=64)
     saved(tmp_path / "run", preset="coco", coco=str(tmp_path / "data"), images=0)
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="run was trained on .*data, which is no folder"):
+    with pytest.raises(FileNotFoundError, match="run was trained on .*data, which is no longer"):
         go_on(tmp_path / "run")
 
 

@@ -113,6 +113,10 @@ def test_a_run_holds_out_the_same_images_when_resumed_and_tested(tmp_path, capsy
     said = capsys.readouterr().out
     assert said.startswith(f"{data} (there is no validation json: --val_share 0.3 of the images, "
                            "drawn by --seed 5, are held out)\n") and "3 images" in said
+    moved = data.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="was trained on .* no longer there: give"):
+        eval_program.main([str(tmp_path / "run"), "--device", "cpu"])
+    eval_program.main([str(tmp_path / "run"), "--device", "cpu", "--coco", str(moved)])
 
 
 def test_a_folder_with_a_validation_json_says_nothing_of_it(folder):

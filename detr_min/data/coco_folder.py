@@ -34,9 +34,10 @@ def check_pictures(root, folder, images, path):
                 f"{file} (image id {image['id']}) is {real}, outside the data set's folder: copy "
                 "it there, or link the whole folder of pictures")
     if missing:
-        several = f", one of {len(missing)} such pictures" * (len(missing) > 1)
-        raise FileNotFoundError(f"{missing[0]} is in {path} but missing or empty on disk{several}: "
-                                "an interrupted download?")
+        cause = ("an interrupted download?" if len(missing) < len(images)
+                 else "do the pictures lie in another folder?")
+        raise FileNotFoundError(f"{missing[0]} is in {path} but missing or empty on disk "
+                                f"({len(missing)} of {len(images)} pictures): {cause}")
 
 
 def read_picture(folder, image):

@@ -10,13 +10,15 @@ import torch
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB in [0, 1]
+LEAST_PX = 1e-3         # a box of a smaller side has no area
 
 
 def keep_visible(objects):
     """Clip boxes to the picture, then drop those left without area. Clipping comes first, as
     sanitising drops whatever sticks out; the v2 classes would refuse boxes below 1 px."""
     boxes = v2.functional.clamp_bounding_boxes(objects["boxes"])
-    boxes, kept = v2.functional.sanitize_bounding_boxes(boxes, min_size=1e-3, min_area=1e-6)
+    boxes, kept = v2.functional.sanitize_bounding_boxes(boxes, min_size=LEAST_PX,
+                                                        min_area=LEAST_PX**2)
     return {"labels": objects["labels"][kept], "boxes": boxes}
 
 

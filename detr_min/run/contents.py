@@ -14,16 +14,12 @@ FORMAT = "detr_min 1"
 PARTS = {"config": dict, "categories": list, "model": dict, "optimizer": dict, "progress": dict}
 
 
-def open_file(path):
-    """What a file of torch.save holds, all tensors on the CPU. No code in it is executed.
+def find(path):
+    """Which file is meant by a path: that of a .pt file, or of a run folder, for its last.pt.
 
-    Published checkpoints hold their command line, an argparse.Namespace: it alone is let through.
-
-    Args:
-        path  a .pt file, or a run folder, whose last.pt is meant
     Raises:
         FileNotFoundError: nothing there
-        ValueError: it cannot be read, or a byte of it changed since it was written
+        ValueError: a pipe or a device
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -35,6 +31,21 @@ def open_file(path):
         raise FileNotFoundError(f"{path} does not exist: a run folder or a .pt file is expected")
     if not path.is_file():
         raise ValueError(f"{path} is no file but a folder, a pipe or a device")
+    return path
+
+
+def open_file(path):
+    """What a file of torch.save holds, all tensors on the CPU. No code in it is executed.
+
+    Published checkpoints hold their command line, an argparse.Namespace: it alone is let through.
+
+    Args:
+        path  as `find`
+    Raises:
+        FileNotFoundError, ValueError: as `find`
+        ValueError: it cannot be read, or a byte of it changed since it was written
+    """
+    path = find(path)
     try:
         if zipfile.is_zipfile(path):                    # torch.load itself ignores the checksums
             with zipfile.ZipFile(path) as parts:

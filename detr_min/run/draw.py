@@ -56,8 +56,10 @@ def predictions(model, dataset, out_png, num_images=8, threshold=evaluate.THRESH
     If too few images have objects, others follow.
     """
     entries = [dataset.coco.imgs[image_id] for image_id in dataset.image_ids]
-    order = sorted(range(len(entries)), key=lambda i: not len(dataset.objects(entries[i])["boxes"]))
-    chosen, names = order[:num_images], [category["name"] for category in dataset.categories]
+    has_none = [not any(not a["iscrowd"] and a["category_id"] in dataset.label_of
+                        for a in dataset.coco.imgToAnns.get(entry["id"], [])) for entry in entries]
+    chosen = sorted(range(len(entries)), key=has_none.__getitem__)[:num_images]
+    names = [category["name"] for category in dataset.categories]
     ratio = max(entries[i]["height"] / entries[i]["width"] for i in chosen)
     figure, grid = tiles(-(-len(chosen) // 4), min(4, len(chosen)), min(max(ratio, 0.3), 2))
     for index, axes in zip(chosen, grid):
@@ -72,10 +74,13 @@ def predictions(model, dataset, out_png, num_images=8, threshold=evaluate.THRESH
         kept = found["scores"] >= threshold
         shown = detections(axes, {"scores": found["scores"][kept], "labels": found["labels"][kept],
                                   "boxes": found["boxes_xyxy"][kept]}, names)
-        axes.set_title(f"{entries[index]['file_name'][-44:]}\n"
+        name = entries[index]["file_name"].replace("\\", "/").split("/")[-1]
+        name = name if len(name) < 30 else f"{name[:13]}...{name[-13:]}"
+        axes.set_title(f"image {target.image_id}: {name}\n"
                        f"{counted(len(objects['labels']), 'object')}, "
                        f"{counted(shown, 'detection')}", fontsize=8, parse_math=False)
-    figure.suptitle(f"dashed: objects; solid: detections that score {threshold:g} or more",
+    end = "\n" if len(chosen) == 1 else " "                         # one picture is narrow
+    figure.suptitle(f"dashed: objects; solid:{end}detections that score {threshold:g} or more",
                     fontsize=9)
     return save(figure, out_png)
 
@@ -137,6 +142,6 @@ def detections(axes, found, names):
 def save(figure, out_png):
     """Write a png. Letters that the font lacks, as in Chinese names, are drawn as empty boxes."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         figure.savefig(out_png, dpi=DPI)
     return figure

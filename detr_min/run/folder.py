@@ -81,12 +81,13 @@ def start(cfg):
     if cfg.resume:
         cfg, content = read_resumed(cfg)
         progress = content["progress"]
+        sets.check_moved(cfg, cfg.resume, "put it back, or link to it")
     else:               # what can be refused at once, before the json of many images is read
-        cfg = dataclasses.replace(cfg, out=str(new_folder(cfg)), coco=cfg.coco and str(
-            pathlib.Path(cfg.coco).absolute()))
-        if cfg.init_from and not pathlib.Path(cfg.init_from).exists():
-            raise FileNotFoundError(f"--init_from {cfg.init_from} does not exist")
-    sets.check_moved(cfg, cfg.resume, "put it there again, or link it")
+        cfg = dataclasses.replace(cfg, coco=cfg.coco and str(pathlib.Path(cfg.coco).absolute()))
+        if cfg.out:
+            new_folder(cfg)
+        if cfg.init_from:
+            contents.find(cfg.init_from)
     train_set, plain_set = sets.open_train(cfg)
     if content and (content["categories"] != train_set.categories
                     or progress["images"] != len(train_set)):
@@ -98,7 +99,8 @@ def start(cfg):
     sets.check_queries(train_set, cfg.recipe.num_queries)
     epoch_steps = math.ceil(len(train_set) / cfg.batch)
     recipe = dataclasses.replace(cfg.recipe, num_classes=len(train_set.categories))
-    cfg = dataclasses.replace(cfg, recipe=recipe, steps=epoch_steps * cfg.epochs or cfg.steps)
+    cfg = dataclasses.replace(cfg, out=cfg.resume or str(new_folder(cfg)), recipe=recipe,
+                              steps=epoch_steps * cfg.epochs or cfg.steps)
     torch.manual_seed(cfg.seed)
     detector = registry.build(cfg)
     if content:

@@ -16,8 +16,8 @@ def check_moved(cfg, run, remedy):
     Raises:
         FileNotFoundError
     """
-    if run and cfg.coco and not pathlib.Path(cfg.coco).is_dir():
-        raise FileNotFoundError(f"{run} was trained on {cfg.coco}, which is no folder now: "
+    if cfg.coco and not pathlib.Path(cfg.coco).is_dir():
+        raise FileNotFoundError(f"{run} was trained on {cfg.coco}, which is no longer there: "
                                 f"{remedy}")
 
 
@@ -66,8 +66,9 @@ def said_of_objects(train_set):
         for a in train_set.coco.imgToAnns.get(image["id"], []):
             if not a["iscrowd"] and a["category_id"] in counts:
                 x, y, w, h = a["bbox"]
-                is_flat = (min(x + w, image["width"]) <= max(x, 0)
-                           or min(y + h, image["height"]) <= max(y, 0))
+                sides = (min(x + w, image["width"]) - max(x, 0),
+                         min(y + h, image["height"]) - max(y, 0))
+                is_flat = min(sides) < transforms.LEAST_PX
                 num_flat += is_flat
                 counts[a["category_id"]] += not is_flat
     empty = [c["name"] for c in train_set.categories if not counts[c["id"]]]
