@@ -65,7 +65,7 @@ def focal_loss(layer, pairs):
     return FOCAL_WEIGHT * cls, *box_loss(layer, pairs)
 
 
-def task_aligned_loss(layer, pairs):
+def task_aligned_loss(layer, pairs, class_weight=TAL_WEIGHT):
     """Compute the loss of one layer with SD-DETR's classification. Arguments as focal_loss.
 
     [SD Eq. 6-7]  8 * L_cls + 5 * L_1 + 2 * L_GIoU;  targets are at least .01 (Align-DETR's code)
@@ -74,7 +74,7 @@ def task_aligned_loss(layer, pairs):
     ious = boxes.paired_iou(layer.boxes[place[:2]], pairs.boxes)                        # (P,)
     wanted = torch.zeros_like(layer.logits)                                             # (B, N, C)
     wanted[place] = tal_loss.aligned_target(layer.logits[place].sigmoid(), ious).clamp(min=0.01)
-    return TAL_WEIGHT * tal_loss.tal_loss(layer.logits, wanted), *box_loss(layer, pairs)
+    return class_weight * tal_loss.tal_loss(layer.logits, wanted), *box_loss(layer, pairs)
 
 
 def quality(logits, pred_boxes, gt_labels, gt_boxes):

@@ -109,7 +109,7 @@ MUTANTS = [
              ("all images are the first", "wanted[pairs.", "wanted[0 * pairs.")),
     *bank.of("criterion.task_aligned_loss",
              ("logits for scores", "layer.logits[place].sigmoid()", "layer.logits[place].abs()"),
-             ("the weight of focal loss", "TAL_WEIGHT *", "FOCAL_WEIGHT *")),
+             ("the weight of focal loss", "return class_weight *", "return FOCAL_WEIGHT *")),
     *bank.of("criterion.quality", ("no sigmoid", "logits.sigmoid()", "logits.softmax(-1)")),
     *bank.of("criterion.decoder_loss",
              ("each image's objects from 0", "first_object + gt_idx", "gt_idx"),
