@@ -153,7 +153,7 @@ STUDIES = {study.name: study for study in (
                   **{name: SD_VARIANTS["sd_detr" if name == "sd_tal_4" else "plain_tal"]
                      for name in WEIGHTS}},
         seeds=3,
-        more_seeds={"plain_longer": 1},
+        more_seeds=dict.fromkeys(["plain_longer", *WEIGHTS], 1),
         programs={name: f"studies.constants {words}" for name, words in WEIGHTS.items()},
         claims=SD_CLAIMS,
         **SD_ALIKE),

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from detr_min import attention, matcher, tal_loss
+from detr_min import attention, criterion, matcher, tal_loss
 from detr_min.data import dataset, transforms
 from detr_min.run import config
 from studies import __main__ as program
@@ -270,7 +270,7 @@ def test_content_of_a_cell_query_is_its_cells_feature_without_gradient(generator
 def own_defaults(monkeypatch):
     """Functions whose constants a test may change."""
     for function in (matcher.one_to_many, matcher.match_quality, tal_loss.aligned_target,
-                     config.Recipe.__init__):
+                     criterion.task_aligned_loss, config.Recipe.__init__):
         monkeypatch.setattr(function, "__defaults__", function.__defaults__)
 
 
@@ -283,11 +283,13 @@ def test_a_constant_is_put_into_its_equation(own_defaults):
     assert len(matcher.one_to_many(quality)[0]) == 1
 
 
-@pytest.mark.parametrize("words", [*catalogue.CONSTANTS.values(), *catalogue.TARGETS.values()])
+@pytest.mark.parametrize("words", [
+    *catalogue.CONSTANTS.values(), *catalogue.TARGETS.values(), *catalogue.WEIGHTS.values()])
 def test_every_constant_of_a_study_exists_and_is_another_than_ours(own_defaults, words):
     def all_defaults():
         return [matcher.one_to_many.__defaults__, matcher.match_quality.__defaults__,
-                tal_loss.aligned_target.__defaults__, config.Recipe.__init__.__defaults__]
+                tal_loss.aligned_target.__defaults__, criterion.task_aligned_loss.__defaults__,
+                config.Recipe.__init__.__defaults__]
     for word in words.split():
         before = all_defaults()
         constants.put(word)
