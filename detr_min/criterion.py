@@ -68,7 +68,9 @@ def focal_loss(layer, pairs):
 def task_aligned_loss(layer, pairs, class_weight=TAL_WEIGHT):
     """Compute the loss of one layer with SD-DETR's classification. Arguments as focal_loss.
 
-    [SD Eq. 6-7]  8 * L_cls + 5 * L_1 + 2 * L_GIoU;  targets are at least .01 (Align-DETR's code)
+    [SD Eq. 6-7]  class_weight * L_cls + 5 * L_1 + 2 * L_GIoU
+
+    Targets are at least .01, as in Align-DETR's code.
     """
     place = pairs.image_idx, pairs.query_idx, pairs.labels
     ious = boxes.paired_iou(layer.boxes[place[:2]], pairs.boxes)                        # (P,)

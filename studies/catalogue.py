@@ -13,8 +13,11 @@ CONSTANTS = {                       # variant -> what differs, as studies.consta
     "points_1": "run.config.Recipe.__init__.num_points=1",
     "points_8": "run.config.Recipe.__init__.num_points=8",
 }
-WEIGHTS = {name: "criterion.task_aligned_loss.class_weight=" + name[-1]
-           for name in ("tal_4", "tal_2", "sd_tal_4")}
+WEIGHTS = {
+    "tal_4": "criterion.task_aligned_loss.class_weight=4",
+    "tal_2": "criterion.task_aligned_loss.class_weight=2",
+    "sd_tal_4": "criterion.task_aligned_loss.class_weight=4",
+}
 TARGETS = {
     "tal_iou": "tal_loss.aligned_target.alpha=0 tal_loss.aligned_target.beta=1",
     "tal_even": "tal_loss.aligned_target.alpha=0.5 tal_loss.aligned_target.beta=0.5",
@@ -149,9 +152,13 @@ STUDIES = {study.name: study for study in (
         name="sd_detr_long",
         question="The same with twice the steps",
         common="--preset shapes_conditional --slow_lr 0 --steps 2000 --lr 2e-3",
-        variants={**SD_VARIANTS, "plain_longer": f"{CONDITIONAL} --steps 3000",
-                  **{name: SD_VARIANTS["sd_detr" if name == "sd_tal_4" else "plain_tal"]
-                     for name in WEIGHTS}},
+        variants={
+            **SD_VARIANTS,
+            "plain_longer": f"{CONDITIONAL} --steps 3000",
+            "tal_4": SD_VARIANTS["plain_tal"],
+            "tal_2": SD_VARIANTS["plain_tal"],
+            "sd_tal_4": SD_VARIANTS["sd_detr"],
+        },
         seeds=3,
         more_seeds=dict.fromkeys(["plain_longer", *WEIGHTS], 1),
         programs={name: f"studies.constants {words}" for name, words in WEIGHTS.items()},

@@ -70,10 +70,14 @@ class Detections(torch.utils.data.Dataset):
             self.cached_bytes += picture.numel()
         return picture
 
+    def annotations(self, image_id):
+        """What the json says of an image's objects: those of a chosen class that are no crowd."""
+        return [a for a in self.coco.imgToAnns.get(image_id, [])
+                if not a["iscrowd"] and a["category_id"] in self.label_of]
+
     def objects(self, image):
-        """Labels and boxes of one image, as v2 transforms want them; crowds are no targets."""
-        found = [a for a in self.coco.imgToAnns.get(image["id"], [])
-                 if not a["iscrowd"] and a["category_id"] in self.label_of]
+        """Labels and boxes of one image, as v2 transforms want them."""
+        found = self.annotations(image["id"])
         labels = torch.tensor([self.label_of[a["category_id"]] for a in found], dtype=torch.int64)
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes = tv_tensors.BoundingBoxes(ops.box_convert(boxes, "xywh", "xyxy"), format="XYXY",

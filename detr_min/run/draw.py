@@ -56,8 +56,7 @@ def predictions(model, dataset, out_png, num_images=8, threshold=evaluate.THRESH
     If too few images have objects, others follow.
     """
     entries = [dataset.coco.imgs[image_id] for image_id in dataset.image_ids]
-    has_none = [not any(not a["iscrowd"] and a["category_id"] in dataset.label_of
-                        for a in dataset.coco.imgToAnns.get(entry["id"], [])) for entry in entries]
+    has_none = [not dataset.annotations(image_id) for image_id in dataset.image_ids]
     chosen = sorted(range(len(entries)), key=has_none.__getitem__)[:num_images]
     names = [category["name"] for category in dataset.categories]
     ratio = max(entries[i]["height"] / entries[i]["width"] for i in chosen)

@@ -63,14 +63,12 @@ def said_of_objects(train_set):
     """Sentences on what cannot be learned: classes without an object, boxes without area; or ""."""
     counts, num_flat = dict.fromkeys(train_set.label_of, 0), 0
     for image in map(train_set.coco.imgs.get, train_set.image_ids):
-        for a in train_set.coco.imgToAnns.get(image["id"], []):
-            if not a["iscrowd"] and a["category_id"] in counts:
-                x, y, w, h = a["bbox"]
-                sides = (min(x + w, image["width"]) - max(x, 0),
-                         min(y + h, image["height"]) - max(y, 0))
-                is_flat = min(sides) < transforms.LEAST_PX
-                num_flat += is_flat
-                counts[a["category_id"]] += not is_flat
+        for a in train_set.annotations(image["id"]):
+            x, y, w, h = a["bbox"]
+            sides = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
+            is_flat = min(sides) < transforms.LEAST_PX
+            num_flat += is_flat
+            counts[a["category_id"]] += not is_flat
     empty = [c["name"] for c in train_set.categories if not counts[c["id"]]]
     shown = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
     return (f"\nboxes without area inside their picture, left out: {num_flat}" * bool(num_flat)
@@ -89,9 +87,7 @@ def check_queries(train_set, num_queries):
     Raises:
         ValueError: naming the image of most objects
     """
-    counts = {image_id: sum(not a["iscrowd"] and a["category_id"] in train_set.label_of
-                            for a in train_set.coco.imgToAnns.get(image_id, []))
-              for image_id in train_set.image_ids}
+    counts = {image_id: len(train_set.annotations(image_id)) for image_id in train_set.image_ids}
     fullest = max(counts, key=counts.get)
     if counts[fullest] > num_queries:
         raise ValueError(f"image {fullest} holds {counts[fullest]} objects but the preset has "
