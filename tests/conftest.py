@@ -1,4 +1,5 @@
 """What all tests share: one thread, long tests, the folder of sample data sets, and --mine."""
+import gc
 import os
 import pathlib
 
@@ -23,6 +24,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def pytest_collection_finish():
+    gc.freeze()                     # what is imported stays: no search for garbage in it
 
 
 @pytest.fixture

@@ -115,6 +115,7 @@ def test_without_transformers_a_sentence_and_exit_status_2(monkeypatch, capsys):
         assert stop.value.code == 2 and "pip install transformers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_learn_counts_training_and_stops_at_the_mark(monkeypatch, tmp_path, capsys):
     """Reached at the second test, of step 4 of 6; the clock does not see what testing takes."""
     scores = iter([0.3, 0.6])

@@ -279,8 +279,9 @@ if hasattr(os, "mkfifo"):
     BYTES["pipe"] = lambda good, path: os.mkfifo(path)
 
 
-@pytest.mark.parametrize("door", ALL)
-@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("name, door", [
+    pytest.param(name, door, marks=[pytest.mark.slow] * (name == "compressed" and door != ALL[0]))
+    for name in BYTES for door in ALL])
 def test_no_file_hangs_runs_code_or_loads_wrong(good, name, door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     BYTES[name](good, tmp_path / "last.pt")

@@ -375,6 +375,7 @@ def test_layers_of_a_query(tmp_path, dataset):
     assert end == start                             # a layer starts where the one before it ended
 
 
+@pytest.mark.slow
 def test_gathering_shows_the_same_queries_three_times(tmp_path, dataset):
     detector = tiny("dac")
     figure = pictures.gathering(detector, dataset, tmp_path / "a.png", index=0, near=0, sure=0)
@@ -402,6 +403,7 @@ def test_gathering_shows_the_same_queries_three_times(tmp_path, dataset):
     assert figure.get_suptitle().endswith("0.0 after the C-, 0.0 after the O-Decoder")
 
 
+@pytest.mark.slow
 def test_bars_of_queries_that_left_the_object_are_pale(tmp_path, dataset, monkeypatch):
     image, target = dataset[0]
     [gt] = pictures.largest(target, 1)
@@ -501,6 +503,7 @@ def test_spread_by_hand():
     assert far == pytest.approx(0.25 * 1.5 + 0.75 * 0.5) and out == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_branches_stand_beside_the_ordinary_decoder(tmp_path):
     """A row is an object: image, then three maps of 12 x 12 cells with the object and a box."""
     plain, decoupled = (registry.build(config.preset(name)).eval()

@@ -89,8 +89,10 @@ def test_neighbouring_classes_differ_in_colour():
                for i in range(80) for j in range(i + 1, min(i + 5, 80)))
 
 
-@pytest.mark.parametrize("h, w, size", [(64, 128, (640, 320)), (900, 800, (800, 900)),
-                                        (200, 3200, (1600, 100)), (700, 7, (24, 700))])
+@pytest.mark.parametrize("h, w, size", [
+    (64, 128, (640, 320)), (700, 7, (24, 700)),
+    pytest.param(900, 800, (800, 900), marks=pytest.mark.slow),
+    pytest.param(200, 3200, (1600, 100), marks=pytest.mark.slow)])
 def test_photo_is_large_enough_to_read_and_small_enough_to_open(tmp_path, h, w, size):
     """All that a Predictor found is drawn, the surest on top."""
     picture = torch.randint(0, 256, (3, h, w), dtype=torch.uint8)

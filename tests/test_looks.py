@@ -22,11 +22,13 @@ def a_picture(h=64, w=96):
 
 
 @pytest.mark.parametrize("words, branches", [
-    (dict(), ["cross-attention"]),
     (dict(name="decoupled"), ["classification branch", "localization branch"]),
-    (dict(name="split"), ["classification branch", "localization branch"]),
     (dict(base="shapes_conditional", name="conditional"), ["cross-attention"]),
-    (dict(base="shapes_sd", name="decoupled"), ["classification branch", "localization branch"])])
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (dict(), ["cross-attention"]),
+        (dict(name="split"), ["classification branch", "localization branch"]),
+        (dict(base="shapes_sd", name="decoupled"),
+         ["classification branch", "localization branch"])))])
 def test_a_panel_for_each_branch_beside_the_picture(tmp_path, words, branches):
     detector = tiny(**words).train()
     image, _ = dataset.open_shapes("val", transforms.resize(64, 64), 1)[0]

@@ -77,7 +77,8 @@ def test_the_real_thing_has_564_tensors(generator):
     assert len(state) == 564
 
 
-@pytest.mark.parametrize("dilated", [False, True], ids=["r50", "dc5"])
+@pytest.mark.parametrize("dilated", [pytest.param(False, marks=pytest.mark.slow), True],
+                         ids=["r50", "dc5"])
 def test_a_file_loads_and_says_itself_whether_it_is_dc5(dilated, write, generator):
     state = official(body_of(dilated))
     args = argparse.Namespace(nheads=4, dilation=dilated)

@@ -228,6 +228,7 @@ def test_decoders_by_hand(monkeypatch):
     assert found == {"O_AP_nms": 2, "O_finds": 1, "C_AP_nms": 4, "C_AP": 4, "C_finds": 1.5}
 
 
+@pytest.mark.slow
 def test_the_plot_of_gathering_draws_what_was_watched(tmp_path, monkeypatch):
     """Two seeds of one variant: the mean line goes through .5 and 2, the paper's stands below."""
     study = A_STUDY._replace(watched=("plain", "idea"))
