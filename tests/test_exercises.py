@@ -252,7 +252,8 @@ def test_a_bug_is_red_as_handed_out_and_green_when_mended(tmp_path, name, capsys
     assert status == 0 and tally.passed and not tally.skipped, text
 
 
-@pytest.mark.parametrize("name", bank.BUGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (number > 1))
+                                  for number, name in enumerate(bank.BUGS)])
 def test_a_bug_cannot_be_seen_by_shapes(name, monkeypatch):
     """[exercise 11]  A detector trains with it: two steps, no error, finite numbers."""
     mutant = bank.BUGS[name]

@@ -10,7 +10,7 @@ import torch
 
 from detr_min import backbone
 from detr_min.data import shapes
-from detr_min.run import config, folder, sets
+from detr_min.run import config, folder, registry, sets
 
 TINY = dict(images=4, batch=2, size=64, steps=6, device="cpu", d_model=32, num_heads=4, d_ffn=32,
             decoder_layers=1, num_queries=9)
@@ -175,7 +175,11 @@ def test_the_first_weights_are_those_of_another_run(tmp_path, capsys):
 
 def test_a_resnet_starts_from_imagenet_unless_told_otherwise(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(backbone.ResNet50, "load_imagenet", lambda self: asked.append(self))
+
+    class Small(backbone.ConvNet):
+        def load_imagenet(self):
+            asked.append(self)
+    monkeypatch.setitem(registry.BACKBONES["deformable"], "resnet50", lambda r: Small())
     run = begin(tmp_path / "a", backbone="resnet50")
     assert asked == [run.detector.backbone]
     run.save("last.pt")
