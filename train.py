@@ -9,7 +9,7 @@
 
 A run folder gets config.json, log.jsonl, last.pt and, at each validation, curves.png,
 predictions.png and, if AP is the best so far, best.pt; at the end, metrics.json. Exit status:
-0 done, 1 failed, 2 flags, 130 Ctrl-C.
+0 done, 1 failed, 2 wrong flags, 130 Ctrl-C.
 """
 import sys
 
@@ -50,7 +50,7 @@ def train(run):
         bar.update()
         stops = processes.any_of(interrupt.requested, device) or step == cfg.pause
         saves = stops or run.is_due(step, loop.NUM_SAVES)
-        if saves or run.is_due(step, loop.NUM_LOGS):    # means end at a save, to resume alike
+        if saves or run.is_due(step, loop.NUM_LOGS):    # log lines end at saves too
             run.write_log(step, lr)
         if run.is_due(step, loop.NUM_EVALS):
             run.validate()

@@ -1,7 +1,7 @@
 """DAC-DETR and Decoupled DETR (SD-DETR), one concept per file, to read beside the papers.
 
-The papers are the files of this folder. Read them in this order; a file imports only from files
-above it:
+The files of this folder are the papers' equations. Read them in this order; a file imports only
+from files above it:
 
     boxes  attention  backbone  encoder  proposals  decoder_base  decoder_dac  matcher   (DAC-DETR)
     attention_conditional  encoder_conditional  proposals_conditional  decoder_conditional
@@ -9,8 +9,8 @@ above it:
     decoder_decoupled_deformable                            (SD-DETR on DAC-DETR's base, optional)
     criterion  model                                                                        (both)
 
-The folders may be skipped for the papers: `release` is what the authors' code adds, `data` serves
-pictures and boxes, `run` trains, tests, saves and loads. To use a trained detector elsewhere:
+The folders may be skipped for the papers: `release` is what the authors' code adds, `data` loads
+images and boxes, `run` trains, tests, saves and loads. To use a trained detector elsewhere:
 
     detector = detr_min.load("runs/dac_shapes")             # or a published .pth
     found = detector.detect("photo.jpg", threshold=0.4)     # {"boxes", "labels", "scores", "names"}

@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     is_pad: torch.Tensor                        # (B, S)     True = padding, holds nothing
     spatial_shapes: list[tuple[int, int]]       # [(h, w)] of each of the L levels, python ints
     valid_ratios: torch.Tensor                  # (B, L, 2)  (x, y) share of a level that is image
-    pos: torch.Tensor | None = None             # (B, S, D)  where each cell is, for the encoder
+    pos: torch.Tensor | None = None             # (B, S, D)  where each cell is
 
 
 def deformable_attention(value, spatial_shapes, locations, weights):
@@ -38,7 +38,7 @@ def deformable_attention(value, spatial_shapes, locations, weights):
         value           W'x  (B, S, H, D/H)       cells of all levels, projected, split into heads
         spatial_shapes       [(h, w), ...]        L pairs of python ints, sum of h*w = S
         locations            (B, N, H, L, K, 2)   (x, y) in [0, 1] of each level
-        weights         A    (B, N, H, L, K)      attention weights; the module's sum to 1 over L, K
+        weights         A    (B, N, H, L, K)      softmax over L, K in DeformableAttention
     Returns:
         (B, N, D)  bilinear between the centres of cells, (x, y) = ((j + .5)/w, (i + .5)/h) for row
         i and column j; zero beyond the map

@@ -129,7 +129,7 @@ class Projections(nn.Module):
         return levels
 
 
-def together(network, x, is_pad):
+def padded_batch(network, x, is_pad):
     """Apply a network to a padded batch as the authors of DETR do: its convolutions read padding.
 
     Args:
@@ -144,15 +144,15 @@ def together(network, x, is_pad):
                     for level in levels]
 
 
-def alone(network, x, is_pad):
+def per_image(network, x, is_pad):
     """Apply a network to each picture as if it were alone; pictures of one size go together.
 
     So neither padding nor the other pictures change a picture's features, as they would through the
-    means of GroupNorm. Arguments and result as in `together`, with 0 on padding. While
-    torch.compile or torch.export trace, it is `together`.
+    means of GroupNorm. Arguments and result as in `padded_batch`, with 0 on padding. While
+    torch.compile or torch.export trace, it is `padded_batch`.
     """
     if torch.compiler.is_compiling():
-        return together(network, x, is_pad)
+        return padded_batch(network, x, is_pad)
     sizes = list(zip((~is_pad[:, :, 0]).sum(1).tolist(), (~is_pad[:, 0]).sum(1).tolist()))
     groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sizes}
     answers = [network(x[group, :, :h, :w]) for (h, w), group in groups.items()]

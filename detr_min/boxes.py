@@ -1,8 +1,8 @@
 """Boxes: formats, overlap, the step by which a layer moves a box, and its sine embedding.
 
 Everywhere in this package a box is cxcywh: centre and size, in [0, 1] of the image that the
-network sees. Any other format has a suffix, `_xyxy` for corners, `_px` for pixels. Overlaps are
-torchvision's. Read `attention.py` next.
+network sees. Any other format has a suffix, `_xyxy` for corners, `_px` for pixels. `iou` and `giou`
+call torchvision. Read `attention.py` next.
 """
 import math
 from typing import NamedTuple

@@ -37,8 +37,8 @@ class DecoderLayer(nn.Module):
         [DAC Eq. 2]  Q_O^(l+1) = FFN(Q~_O^l + Att_cross(Que(Q~_O^l), Key(Z), Val(Z)))
 
         Here Q~_O^l is queries, Z is memory, and the result is Q_O^(l+1). Deformable attention has
-        no keys: Que says where to read the values Val(Z). Both equations leave out the positions
-        and the norms, this one also the residual around the FFN; they are the release's.
+        no keys: Que says where to read the values Val(Z). Eq. 1 and 2 leave out positions and
+        norms, Eq. 2 also the residual around the FFN. All of these follow the release.
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)

@@ -4,6 +4,10 @@
 Cross-attention looks around e, which is PE(r) here, times a scale computed from f; `query_gen.py`
 makes another e. Boxes are not refined: every layer starts from the same r. `decoder_decoupled.py`
 repeats this file and changes it. Read `proposals_conditional.py` before.
+
+The methods have DAC-DETR's names, so that all decoders look alike: `disperse` is self-attention,
+`gather` is cross-attention and FFN, `o_decoder` is the ordinary decoder. In SD-DETR the two tasks
+exchange information through self-attention.
 """
 import torch
 from torch import nn

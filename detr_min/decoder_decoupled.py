@@ -1,11 +1,13 @@
 """SD-DETR's decoder: one self-attention for both tasks, a cross-attention for each.
 
-[SD Eq. 3], [SD Fig. 2]. Each prediction is a pair of tokens from one anchor: token i for the class,
-token N + i for the box. `SplitDecoder`, whose tasks share no layer, is what the paper compares with
-[SD Eq. 2, Table 3]. Read `decoder_conditional.py` before and `query_gen.py` after.
+[SD Eq. 3]  Q^ = { self-att(cat(Q_cls, Q_loc)), cross-att_cls(Q_cls), FFN_cls(Q_cls),
+                   cross-att_loc(Q_loc), FFN_loc(Q_loc) } x L
 
-Eq. 3 prints an FFN for each task, and Fig. 2 also draws the norms inside each branch. Our choice:
-the scale and the final norm are per branch too, and each pair has one fixed reference.
+The braces list the steps of one layer, without residuals, norms, positions, keys and values. Fig. 2
+draws the norms inside each branch. Our choice: the scale and the final norm are per branch too.
+Each prediction is a pair of tokens from one anchor, with one fixed reference: token i for the
+class, token N + i for the box. `SplitDecoder`, whose tasks share no layer, is what the paper
+compares with [SD Eq. 2, Table 3]. Read `decoder_conditional.py` before and `query_gen.py` after.
 """
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ class Branch(nn.Module):
     def gather(self, queries, query_pos, spatial, memory):
         """Each query reads the image on its own. (B, N, D) -> (B, N, D)
 
-        [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
+        After [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
         """
         read = self.cross_attn(queries, query_pos, spatial, memory)
         queries = self.norm_cross(queries + self.drop(read))
@@ -59,7 +61,7 @@ class DecoderLayer(nn.Module):
     def gather(self, queries, query_pos, spatial, memory):
         """Split the tokens; each task reads the image on its own. (B, 2N, D) -> (B, 2N, D)
 
-        [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
+        After [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """
         cls, loc = zip(*(x.chunk(2, dim=1) for x in (queries, query_pos, spatial)))
         return torch.cat([self.cls.gather(*cls, memory), self.loc.gather(*loc, memory)], dim=1)

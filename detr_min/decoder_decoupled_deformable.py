@@ -1,4 +1,4 @@
-"""SD-DETR's decoder and queries ported to deformable attention. The paper does not need it.
+"""SD-DETR's decoder and queries ported to deformable attention. This is not in the paper.
 
 [SD Eq. 2-5] with `attention.DeformableAttention` in place of dense attention, several feature
 levels, and a reference box that the localization branch refines layer by layer.
@@ -23,7 +23,7 @@ class Branch(nn.Module):
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Each query reads the image on its own, around its reference. (B, N, D) -> (B, N, D)
 
-        [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
+        After [SD Eq. 3]  FFN_t(cross-att_t(Q_t)),  t = cls or loc
         """
         read = self.cross_attn(queries + query_pos, ref_boxes, memory)
         queries = self.norm_cross(queries + read)
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
     def gather(self, queries, query_pos, ref_boxes, memory):
         """Split the tokens; each task reads the image on its own. (B, 2N, D) -> (B, 2N, D)
 
-        [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
+        After [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """
         (x_cls, x_loc), (pos_cls, pos_loc) = queries.chunk(2, dim=1), query_pos.chunk(2, dim=1)
         return torch.cat([self.cls.gather(x_cls, pos_cls, ref_boxes, memory),

@@ -46,7 +46,7 @@ def cell_positions(is_pad, d_model, dtype=torch.float32):
     y, x = is_image.cumsum(1), is_image.cumsum(2)           # (B, h, w)  1, 2, 3, ... on the image
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6)                   # centres of cells, in [0, 1]
     x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
-    return boxes.sine(torch.stack([y, x], dim=-1), d_model // 2).flatten(-2)
+    return boxes.sine(torch.stack([y, x], dim=-1), d_model // 2).flatten(-2)    # the y half first
 
 
 class EncoderLayer(nn.Module):

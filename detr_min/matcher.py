@@ -1,8 +1,8 @@
 """Label assignment: which query learns which object, one-to-one or one-to-many.
 
-[DETR Eq. 1] for the O-Decoder, [DAC Eq. 4] for the C-Decoder. Pure functions of one image, without
-gradient. A cost is minimised, a quality is maximised. Read `decoder_dac.py` before and,
-for the loss, `criterion.py` after.
+[DETR Eq. 1] for the O-Decoder, [DAC Eq. 4] for the C-Decoder. Pure functions of one image, which
+`criterion.decoder_loss` calls without gradient. A cost is minimised, a quality is maximised. Read
+`decoder_dac.py` before and, for the loss, `criterion.py` after.
 """
 import torch
 from scipy.optimize import linear_sum_assignment

@@ -19,11 +19,12 @@ class Output(NamedTuple):
 class Detector(nn.Module):
     """Turn images into predictions, one per decoder layer."""
 
-    def __init__(self, backbone, projections, encoder, queries, decoder, read):
-        """read: backbone.alone for ConvNet, backbone.together for ResNet-50 and Swin"""
+    def __init__(self, backbone, projections, encoder, queries, decoder, on_batch):
+        """on_batch: backbone.per_image for ConvNet, padded_batch for ResNet-50 and Swin"""
         super().__init__()
         self.backbone, self.projections = backbone, projections
-        self.encoder, self.queries, self.decoder, self.read = encoder, queries, decoder, read
+        self.encoder, self.queries, self.decoder = encoder, queries, decoder
+        self.on_batch = on_batch
 
     def forward(self, images, is_pad):
         """Predict classes and boxes for a batch.
@@ -34,7 +35,7 @@ class Detector(nn.Module):
         Returns:
             Output
         """
-        levels, pads = self.read(lambda x: self.projections(self.backbone(x)), images, is_pad)
+        levels, pads = self.on_batch(lambda x: self.projections(self.backbone(x)), images, is_pad)
         memory = self.encoder(levels, pads)         # of [(B, D, h/8, w/8), ...], or of one level
         queries = self.queries(memory)
         o_predictions = self.decoder.o_decoder(queries, memory)

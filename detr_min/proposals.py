@@ -62,7 +62,7 @@ def anchors(memory):
 
 
 class MiniDetector(nn.Module):
-    """A one-layer detector on every cell of the encoder's output; the best cells become queries."""
+    """A small detector on every cell of the encoder's output; queries start at its best boxes."""
 
     def __init__(self, d_model, num_classes):
         super().__init__()

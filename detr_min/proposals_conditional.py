@@ -18,8 +18,8 @@ from . import attention_conditional, backbone, boxes, encoder, proposals
 class Queries(NamedTuple):
     """N queries per image, in as many sets as the decoder has branches (SD-DETR: 2, else 1)."""
     content: torch.Tensor             # (T, B, N, D)  T sets: one, or [classification, localization]
-    pos: torch.Tensor                       # (T, B, N, D)  p, what self-attention knows of position
-    spatial: torch.Tensor                   # (T, B, N, D)  e, what cross-attention knows of it
+    pos: torch.Tensor                       # (T, B, N, D)  p, for self-attention and layer 1
+    spatial: torch.Tensor                   # (T, B, N, D)  e, for every cross-attention
     ref_points: torch.Tensor                # (B, N, 2)  r, (x, y) in [0, 1], the same for all sets
     proposals: boxes.Predictions | None     # the mini-detector's, one per cell: (B, S, ...)
 
@@ -68,7 +68,7 @@ class MiniDetector(nn.Module):
 
     [DESTR], whose term SD-DETR uses. It is trained one-to-one on all cells.
     Differs: the prior of a box is the centre of its cell; DESTR regresses it from the position.
-        The heads are the mini-detector's own; DESTR lends it the decoder's.
+        The heads are the mini-detector's own; in DESTR it shares the decoder's.
     """
 
     def __init__(self, d_model, num_classes):
@@ -84,8 +84,8 @@ class MiniDetector(nn.Module):
         """
         [shape] = memory.spatial_shapes
         cells = memory.tokens.transpose(1, 2).unflatten(-1, shape)                   # (B, D, h, w)
-        maps, _ = backbone.alone(lambda x: [self.class_tower(x), self.box_tower(x)], cells,
-                                 memory.is_pad.unflatten(-1, shape))
+        maps, _ = backbone.per_image(lambda x: [self.class_tower(x), self.box_tower(x)], cells,
+                                     memory.is_pad.unflatten(-1, shape))
         for_class, for_box = (x.flatten(2).transpose(1, 2) for x in maps)               # (B, S, D)
         centres = encoder.cell_centres(memory.spatial_shapes, memory.valid_ratios)      # (B, S, 2)
         logits = self.class_head(for_class).masked_fill(memory.is_pad[..., None], -100)

@@ -69,11 +69,13 @@ class PointPredictor(nn.Module):
             nn.Linear(2 * d_model, 2 * num_points))
         angle = torch.arange(num_points) * (2 * math.pi / num_points)
         ring = torch.stack([angle.cos(), angle.sin()], dim=-1) / 2                          # (K, 2)
-        nn.init.zeros_(self.net[-1].weight)                 # start on a ring: points that start
-        self.net[-1].bias.data = ring.atanh().flatten()     # equal get equal gradients for ever
+        # The points start on a ring. A query is the mean over its points, so points that coincide
+        # would get the same gradient and never part.
+        nn.init.zeros_(self.net[-1].weight)
+        self.net[-1].bias.data = ring.atanh().flatten()
 
     def forward(self, features):
-        """[SD Eq. 5]  R_SP = MLP(ConvNet(F_R)), kept inside the box by tanh
+        """[SD Eq. 5]  R_SP = MLP(ConvNet(F_R)), here kept inside the box by tanh
 
         Args:
             features  F_R  (P, D, 7, 7)

@@ -110,7 +110,7 @@ def answers(model, image):
     with evaluate.answering(model):
         is_pad = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
         network = torch.nn.Sequential(model.backbone, model.projections)
-        memory = model.encoder(*model.read(network, image[None], is_pad))
+        memory = model.encoder(*model.on_batch(network, image[None], is_pad))
         queries = model.queries(memory)
         return (model.decoder.o_decoder(queries, memory), model.decoder.c_decoder(queries, memory),
                 queries)

@@ -27,7 +27,7 @@ class DecoderLayer:
     def gather(self, queries, query_pos, spatial, memory):
         """Split the tokens; each task reads the image on its own. (B, 2N, D) -> (B, 2N, D)
 
-        [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
+        After [SD Eq. 3]  cat(FFN_cls(cross-att_cls(Q_cls)), FFN_loc(cross-att_loc(Q_loc)))
         """
         raise NotImplementedError(
             "exercise 7, decoder_decoupled.DecoderLayer.gather: "

@@ -188,13 +188,13 @@ def padded(pictures, h, w, generator):
 
 @pytest.mark.parametrize("body, num_levels", [(backbone.ConvNet, 5), (backbone.ConvNetStride8, 1)])
 @pytest.mark.parametrize("h, w", [(64, 96), (37, 50), (8, 5), (61, 33)])
-def test_alone_gives_a_picture_its_own_levels(body, num_levels, h, w, generator):
+def test_per_image_gives_a_picture_its_own_levels(body, num_levels, h, w, generator):
     """Beside a larger one, padded with noise to sizes that no stride divides; gradients as well."""
     body = randomise(body(width=8))
     project = randomise(backbone.Projections(body.channels, 64, num_levels))
     picture, other = (torch.randn(3, *size, generator=generator).double()
                       for size in ((h, w), (90, 101)))
-    levels, pads = backbone.alone(torch.nn.Sequential(body, project),
+    levels, pads = backbone.per_image(torch.nn.Sequential(body, project),
                                   *padded([picture, other], 90, 101, generator))
     alone = project(body(picture[None]))
     for level, pad, one in zip(levels, pads, alone, strict=True):
@@ -212,13 +212,13 @@ def test_alone_gives_a_picture_its_own_levels(body, num_levels, h, w, generator)
         assert_close(together, one, atol=1e-9, rtol=1e-9)
 
 
-def test_alone_takes_pictures_of_one_size_together_and_keeps_the_order(generator):
+def test_per_image_takes_pictures_of_one_size_together_and_keeps_the_order(generator):
     seen = []
     body = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).double()
     body.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     sizes = [(5, 12), (9, 12), (5, 12), (9, 7)]
     pictures = [torch.randn(3, *size, generator=generator).double() for size in sizes]
-    [level], [pad] = backbone.alone(lambda x: [body(x)], *padded(pictures, 9, 12, generator))
+    [level], [pad] = backbone.per_image(lambda x: [body(x)], *padded(pictures, 9, 12, generator))
     assert seen == [(2, 3, 5, 12), (1, 3, 9, 12), (1, 3, 9, 7)]
     assert level.shape == (4, 4, 5, 6) and pad.shape == (4, 5, 6)
     for found, picture in zip(level, pictures):
@@ -226,20 +226,20 @@ def test_alone_takes_pictures_of_one_size_together_and_keeps_the_order(generator
         assert_close(found, F.pad(one, (0, 6 - one.shape[2], 0, 5 - one.shape[1])), **EXACT)
 
 
-def test_alone_of_full_pictures_is_together_bit_for_bit():
+def test_per_image_of_full_pictures_is_padded_batch_bit_for_bit():
     body, images = backbone.ConvNet(width=8), torch.randn(3, 3, 64, 96)
     network = torch.nn.Sequential(body, backbone.Projections(body.channels, 32, 4))
     is_pad = torch.zeros(3, 64, 96, dtype=torch.bool)
-    for ours, theirs in zip(backbone.alone(network, images, is_pad),
-                            backbone.together(network, images, is_pad)):
+    for ours, theirs in zip(backbone.per_image(network, images, is_pad),
+                            backbone.padded_batch(network, images, is_pad)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_together_reads_the_nearest_pixel_of_the_mask():
+def test_padded_batch_reads_the_nearest_pixel_of_the_mask():
     """[DETR, code] Cell i of n reads pixel floor(i * h / n), as nearest interpolation has it."""
     is_pad = torch.ones(1, 100, 90, dtype=torch.bool)
     is_pad[0, :62, :41] = False
-    _, [pad] = backbone.together(lambda x: [torch.zeros(1, 4, 13, 12)], None, is_pad)
+    _, [pad] = backbone.padded_batch(lambda x: [torch.zeros(1, 4, 13, 12)], None, is_pad)
     assert pad[0].tolist() == [[bool(is_pad[0, i * 100 // 13, j * 90 // 12]) for j in range(12)]
                                for i in range(13)]
 
@@ -248,5 +248,5 @@ def test_while_torch_traces_padding_is_read_as_published(monkeypatch, generator)
     body = torch.nn.Conv2d(3, 4, 3, padding=1)
     batch = padded([torch.randn(3, 5, 4, generator=generator)], 8, 8, generator)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    [level], _ = backbone.alone(lambda x: [body(x)], *batch)
+    [level], _ = backbone.per_image(lambda x: [body(x)], *batch)
     assert torch.equal(level, body(batch[0]))

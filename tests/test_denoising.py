@@ -246,8 +246,8 @@ def test_positions_and_references_come_from_the_noisy_boxes():
 def test_a_noisy_box_has_the_position_that_any_query_with_this_box_has():
     """Noisy boxes set to the proposals of the same image: equal positions, slot by query."""
     detector, (images, is_pad, targets) = detector_(), two_pictures()
-    levels = detector.read(torch.nn.Sequential(detector.backbone, detector.projections), images,
-                           is_pad)
+    levels = detector.on_batch(torch.nn.Sequential(detector.backbone, detector.projections), images,
+                               is_pad)
     queries = detector.queries(detector.encoder(*levels))
     noisy = denoising.noisy_copies(targets, 3, seeded(), 4)._replace(boxes=queries.ref_boxes)
     both = detector.prepend(noisy, queries)                                     # E = N = 8

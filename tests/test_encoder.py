@@ -19,7 +19,7 @@ def padding(features, h, w, sizes):
     is_pad = torch.ones(len(sizes), h, w, dtype=torch.bool)
     for image, (height, width) in enumerate(sizes):
         is_pad[image, :height, :width] = False
-    return backbone.together(lambda x: features, None, is_pad)[1]
+    return backbone.padded_batch(lambda x: features, None, is_pad)[1]
 
 
 def test_cell_centres_worked_by_hand():

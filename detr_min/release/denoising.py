@@ -90,7 +90,7 @@ class DenoisingDetector(model.Detector):
         """Predict as model.Detector does; with `noisy`, a Noisy, also for its E slots. -> Output"""
         if noisy is None:
             return Output(*super().forward(images, is_pad))
-        levels, pads = self.read(nn.Sequential(self.backbone, self.projections), images, is_pad)
+        levels, pads = self.on_batch(nn.Sequential(self.backbone, self.projections), images, is_pad)
         memory = self.encoder(levels, pads)
         queries = self.queries(memory)
         both, E = self.prepend(noisy, queries), noisy.labels.shape[1]

@@ -75,9 +75,9 @@ def build(cfg):
     return {"deformable": build_deformable, "conditional": build_conditional}[cfg.recipe.base](cfg)
 
 
-def reading(cfg):
-    """Find how padded pictures are read: alone by our own networks, as published by the others."""
-    return backbone.alone if cfg.backbone == "convnet" else backbone.together
+def on_batch(cfg):
+    """Find how a backbone runs on a padded batch: ours on each image alone, others as published."""
+    return backbone.per_image if cfg.backbone == "convnet" else backbone.padded_batch
 
 
 def build_deformable(cfg):
@@ -91,7 +91,7 @@ def build_deformable(cfg):
     if cfg.backbone != "convnet" and hasattr(queries, "mini_detector"):
         deformable.propose_padding(queries.mini_detector)
     parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
-             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, reading(cfg))
+             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, on_batch(cfg))
     detector = (denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
                 if cfg.dn_number else model.Detector(*parts))
     if r.start == "published":
@@ -118,7 +118,7 @@ def build_conditional(cfg):
     return model.Detector(
         body, encoder_conditional.Projection(body.channels, r.d_model),
         encoder_conditional.Encoder(r.encoder_layers, *sizes, r.dropout), queries, decoder,
-        reading(cfg))
+        on_batch(cfg))
 
 
 class Training(NamedTuple):
