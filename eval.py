@@ -29,7 +29,8 @@ def parse(argv=None):
     parser.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="run folder, or .pt or .pth file")
     parser.add_argument("--coco", metavar="DIR", help="COCO folder; its val split is used")
     parser.add_argument("--images", type=int, default=0, help="only the first N; 0 = all")
-    parser.add_argument("--photos", metavar="FILE_OR_FOLDER", help="draw detections on these")
+    parser.add_argument("--photos", metavar="FILE_OR_FOLDER", nargs="+",
+                        help="draw detections on these")
     parser.add_argument("--points", metavar="FILE", help="draw where the last layer looks")
     parser.add_argument("--explore", metavar="FILE_OR_ID", help="a page of what the queries do on "
                         "a photo, or on the validation image of this id, with its objects")
@@ -50,7 +51,7 @@ def parse(argv=None):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be from 0 to 1")
     for name in ("weights", "coco", "photos", "points", "explore", "out"):
-        if getattr(args, name) == "":
+        if getattr(args, name) in ("", [""]):
             what = "RUN_OR_WEIGHTS" if name == "weights" else f"--{name}"
             parser.error(f"{what} is empty: is it an unset variable of your shell?")
     if args.out and pathlib.Path(args.out).is_file():
@@ -58,16 +59,19 @@ def parse(argv=None):
     return args
 
 
-def readable(path):
-    """Yield (name, picture) of a file, or of each file in a folder; say which cannot be read.
+def readable(*paths):
+    """Yield (name, picture) of files, or of each file in a folder; say which cannot be read.
 
     Raises:
         ValueError: there is none that can be read
     """
-    root, count = pathlib.Path(path), 0
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: there is no such file or folder")
-    files = sorted(p for p in root.iterdir() if p.is_file()) if root.is_dir() else [root]
+    files, num_folders, count = [], 0, 0
+    for root in map(pathlib.Path, paths):
+        if not root.exists():
+            raise FileNotFoundError(f"{root}: there is no such file or folder")
+        inside = sorted(root.iterdir()) if root.is_dir() else [root]
+        files += [path for path in inside if path.is_file()]
+        num_folders += sum(path.is_dir() for path in inside)
     for file in files:
         try:
             picture = predictor.read(file)
@@ -76,18 +80,18 @@ def readable(path):
         else:
             count += 1
             yield file.name, picture
-    inside = sum(p.is_dir() for p in root.iterdir()) if root.is_dir() else 0
-    left_out = f"; its {inside} subfolders are not looked into" * bool(inside)
+    left_out = f"subfolders, which were not searched: {num_folders}"
     if not count:
-        raise ValueError(f"{root}: no readable picture among {len(files)} files{left_out}")
-    if left_out:
-        print(f"eval.py: {root}{left_out}", file=sys.stderr)
+        raise ValueError(f"{' '.join(paths)}: no readable picture among {len(files)} files"
+                         + f"; {left_out}" * bool(num_folders))
+    if num_folders:
+        print(f"eval.py: {' '.join(paths)}: {left_out}", file=sys.stderr)
 
 
 def draw_photos(detector, args, out):
     """--photos: a png each, and all that was drawn in detections.json."""
     rows = []
-    for name, picture in readable(args.photos):
+    for name, picture in readable(*args.photos):
         out.mkdir(parents=True, exist_ok=True)
         found = detector.detect(picture, args.threshold, args.top_k or None, args.nms)
         draw.photo(picture, found, detector.names, out / f"{name}.png")
@@ -151,7 +155,7 @@ def main(argv=None):
     detector = detr_min.load(args.weights, args.device, args.dc5)
     cfg, run = detector.config, pathlib.Path(args.weights)
     out = pathlib.Path(args.out or (run if run.is_dir() else run.parent) / "photos")
-    if args.photos and out.resolve() == pathlib.Path(args.photos).resolve():
+    if args.photos and out.resolve() in (pathlib.Path(path).resolve() for path in args.photos):
         raise ValueError(f"--out {out} is where the photos are: take another folder for drawings")
     if args.coco and not args.explore or not (args.photos or args.points or args.explore):
         val_set = open_val(detector, args)

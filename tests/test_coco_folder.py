@@ -50,7 +50,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
                                     gradient()[:, :, 0].astype(np.int32) * 300])
 def test_numbers_whose_white_is_not_known_are_refused(tmp_path, pixels):
     """Else 0 to 1 would be read as black, without a word."""
-    with pytest.raises(coco_json.DataError, match="p.tiff .*of 8 or 16 bits: which one is white"):
+    with pytest.raises(coco_json.DataError, match="p.tiff .*of 8 or 16 bits, so"):
         read(tmp_path, Image.fromarray(pixels), "p.tiff")
 
 
@@ -105,9 +105,9 @@ def test_missing_folders_and_files_are_named(tmp_path):
     def refused(sentence, split="val"):
         with pytest.raises(FileNotFoundError, match=sentence):
             dataset.open_folder(tmp_path / "coco", split, KEEP_SIZE)
-    refused("coco is no folder")
+    refused("coco is not a folder")
     write_coco(tmp_path / "coco", GOOD)
-    refused("instances_train2017.json nor .*instances_train.json exists; where only val", "train")
+    refused("instances_train2017.json nor .*instances_train.json exists; if you have only", "train")
     (tmp_path / "coco" / "val" / "13.png").write_bytes(b"")
     refused(r"13.png \(image id 13\) .*missing or empty")
     (tmp_path / "coco" / "val" / "13.png").unlink()
@@ -127,7 +127,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
 
 # each file of annotations/broken: when it is caught, and by which words; None: it is read
 BROKEN_FILES = {
-    "dangling_image_id": ("open", "annotation 32 of image 9999: image_id 9999 is not in images"),
+    "dangling_image_id": ("open", "annotation 32 of image 9999: there is no image with id 9999"),
     "duplicate_annotation_ids": ("open", "annotations has the id 1 more than once"),
     "duplicate_image_ids": ("open", "images has the id 8 more than once"),
     "missing_image_file": ("open", r"not_there.jpg \(image id 8\) .*missing"),
@@ -137,7 +137,7 @@ BROKEN_FILES = {
     "no_iscrowd_key": (None, ""),
     "three_number_box": ("open", "annotation 32 of image 8: bbox must be four finite numbers"),
     "truncated_jpeg": ("read", r"truncated.jpg \(image id 8\) cannot be read"),
-    "unknown_category": ("open", "annotation 32 of image 8: category_id 12 is not in categories"),
+    "unknown_category": ("open", "annotation 32 of image 8: there is no category with id 12"),
     "wrong_image_size": ("read", r"08_duplicates.jpg \(image id 8\) has 240x160 pixels but 480x"),
 }
 

@@ -31,8 +31,8 @@ BROKEN = {
     "annotation twice": (broken(set_in("annotations", id=1)), "annotations has the id 1 more than"),
     "image twice": (broken(set_in("images", id=11)), "images has the id 11 more than once"),
     "category twice": (broken(set_in("categories", id=7)), "categories has the id 7 more than"),
-    "image without size": (broken(lambda c: c["images"][1].pop("width")), "no width .*12.png"),
-    "class without name": (broken(lambda c: c["categories"][1].pop("name")), "no name .*'id': 3"),
+    "image without size": (broken(lambda c: c["images"][1].pop("width")), "no width: .*12.png"),
+    "class without name": (broken(lambda c: c["categories"][1].pop("name")), "no name: .*'id': 3"),
     "no bbox": (broken(lambda c: c["annotations"][1].pop("bbox")),
                 "annotation 2 of image 11: it has no bbox"),
     "three numbers": (broken(set_in("annotations", bbox=[1, 2, 3])),
@@ -41,9 +41,9 @@ BROKEN = {
             r"annotation 2 of image 11: .*four finite numbers.*nan"),
     "text": (broken(set_in("annotations", bbox=["1", "1", "2", "3"])), "four finite numbers"),
     "unknown image": (broken(set_in("annotations", image_id=99)),
-                      "annotation 2 of image 99: image_id 99 is not in images"),
+                      "annotation 2 of image 99: there is no image with id 99"),
     "unknown category": (broken(set_in("annotations", category_id=0)),
-                         "annotation 2 of image 11: category_id 0 is not in categories"),
+                         "annotation 2 of image 11: there is no category with id 0"),
     "no images": (GOOD | {"images": [], "annotations": []}, "has 0 images"),
 }
 
@@ -70,9 +70,11 @@ def test_broken_json_is_refused_in_one_sentence(tmp_path, case):
     ({"images": [{"id": 1, "file_name": "\ud800.png", "width": 1, "height": 1}]},
      r"file_name '\\ud800.png', which holds half a character: written in another"),
     ({"categories": [{"id": 1, "name": "\udfff"}]}, r"name '\\udfff', which holds half a char"),
-    ({"categories": [{"id": 1, "name": [[[[[[[[]]]]]]]]}]}, "one of categories has no name"),
-    ({"image_id": "1"}, "image_id '1' is not in images.*text for a number"),
-    ({"category_id": {}}, "category_id {} is not in categories")])
+    ({"categories": [{"id": 1, "name": [[[[[[[[]]]]]]]]}]}, "has the name .* which is no str"),
+    ({"images": [{"id": 1, "file_name": "a", "width": 9.0, "height": 9}]},
+     "one of images has the width 9.0, which is no int"),
+    ({"image_id": "1"}, "no image with id '1': .* written as text"),
+    ({"category_id": {}}, "no category with id {}")])
 def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
     """Crowds by accident, lost objects, or a crash in pycocotools at the first validation."""
     whole = {"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}],
@@ -86,15 +88,28 @@ def test_entries_that_would_go_wrong_later_are_refused(change, sentence):
 
 
 @pytest.mark.parametrize("change", [
-    lambda x, y, w, h: [x, y, x + w, y + h],                 # corners, as Pascal VOC writes them
+    lambda x, y, w, h: [x + 60, y, x + 60 + w, y + h],       # corners, as Pascal VOC writes them
     lambda x, y, w, h: [x / 60, y / 40, w / 60, h / 40],     # shares of the image, as YOLO does
     lambda x, y, w, h: [x + w, y, -w, h]])                   # drawn from right to left
-def test_boxes_of_another_format_are_warned_about(tmp_path, change):
+def test_boxes_of_another_format_are_warned_about_or_refused(tmp_path, change):
+    """2 of 6: a warning. 4 of 6: no training on boxes that are mostly wrong."""
+    for number, outcome in (2, pytest.warns(UserWarning, match="2 of 6 boxes .* corners x1, y1")), (
+            4, pytest.raises(coco_json.DataError, match="4 of 6 boxes .* in .0, 1.?")):
+        coco = copy.deepcopy(GOOD)
+        for a in coco["annotations"][:number]:
+            a["bbox"] = change(*a["bbox"])
+        with outcome:
+            dataset.open_folder(write_coco(tmp_path / str(number), coco), "val", KEEP_SIZE)
+
+
+def test_a_backslash_parts_folders_as_on_windows(tmp_path):
     coco = copy.deepcopy(GOOD)
-    for a in coco["annotations"]:
-        a["bbox"] = change(*a["bbox"])
-    with pytest.warns(UserWarning, match="corners x1, y1, x2, y2 or in .0, 1.?"):
-        dataset.open_folder(write_coco(tmp_path, coco), "val", KEEP_SIZE)
+    name = coco["images"][0]["file_name"]
+    coco["images"][0]["file_name"] = f"a\\{name}"
+    folder = write_coco(tmp_path, coco) / "val"
+    (folder / "a").mkdir()
+    (folder / name).rename(folder / "a" / name)
+    assert len(dataset.open_folder(tmp_path, "val", KEEP_SIZE)) == len(GOOD["images"])
 
 
 def test_good_boxes_are_not_warned_about(tmp_path):

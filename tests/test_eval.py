@@ -108,7 +108,7 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
         assert 0 <= x1 <= x2 <= 90 and 0 <= y1 <= y2 <= 60 and row["label"] in shapes.CLASSES
     said = capsys.readouterr().err
     assert "notes.txt is no readable picture" in said
-    assert f"{tmp_path}; its 1 subfolders are not looked into" in said
+    assert f"{tmp_path}: subfolders, which were not searched: 1" in said
 
 
 def test_photos_on_which_nothing_is_found_are_no_riddle(run, tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_no_readable_photo_is_an_error(run, tmp_path):
     """It says that subfolders are left out, and leaves no empty folder behind."""
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     (tmp_path / "photos" / "notes.txt").write_text("not a picture")
-    with pytest.raises(ValueError, match="no readable picture among 1 files; its 1 subfolders"):
+    with pytest.raises(ValueError, match="no readable picture among 1 files; subfolders, .*: 1"):
         program.main([str(run[0]), "--photos", str(tmp_path / "photos"),
                       "--out", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such file or folder"):
@@ -182,7 +182,7 @@ def test_pages_of_a_photo_and_of_a_validation_image(which, request, tmp_path, ca
     (["nowhere"], "nowhere does not exist"),
     (["--threshold", "2", "x"], "--threshold 2.0: it must be from 0 to 1"),
     (["--threshold", "-1e-3", "x"], "--threshold -0.001: it must be from 0 to 1"),
-    (["--images", "-1", "x"], "--images -1"), (["--photos", "", "x"], "--photos is empty"),
+    (["--images", "-1", "x"], "--images -1"), (["x", "--photos", ""], "--photos is empty"),
     ([""], "RUN_OR_WEIGHTS is empty: is it an unset variable"),
     (["x", "--out", __file__], "--out .*test_eval.py is a file: a folder is expected")])
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):

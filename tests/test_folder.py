@@ -2,6 +2,7 @@
 import errno
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -170,7 +171,15 @@ def test_the_first_weights_are_those_of_another_run(tmp_path, capsys):
     before = saved(tmp_path / "a").detector.state_dict()
     after = begin(tmp_path / "b", seed=9, init_from=str(tmp_path / "a")).detector.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "0 tensors start at random: -" in capsys.readouterr().out
+    assert "tensors start at random: -" in capsys.readouterr().out
+
+
+def test_weights_that_stay_random_are_counted_by_part(tmp_path, capsys):
+    saved(tmp_path / "a")
+    begin(tmp_path / "b", preset="shapes_conditional", init_from=str(tmp_path / "a"))
+    said = capsys.readouterr().out
+    assert re.search(r"\d\d of \d+ tensors start at random: \d+ of decoder, \d+ of", said), said
+    assert len(max(said.splitlines(), key=len)) < 400
 
 
 def test_a_resnet_starts_from_imagenet_unless_told_otherwise(monkeypatch, tmp_path):

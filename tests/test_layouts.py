@@ -168,17 +168,31 @@ def test_a_single_json_is_read_wherever_its_pictures_are(tmp_path, path, picture
     assert {picture.shape for ds in (train, val) for picture, _ in ds} == {(3, 40, 60)}
 
 
+def test_pictures_of_cocos_layout_may_lie_in_a_folder_images(tmp_path):
+    write_coco(tmp_path, GOOD, "train")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train").rename(tmp_path / "images" / "train")
+    assert layouts.find(tmp_path, "train").folders == [tmp_path / "images" / "train"]
+
+
 def test_several_jsons_are_listed(tmp_path):
     write_pictures(tmp_path)
     for name in "fedcba":
         (tmp_path / f"{name}.json").write_text(json.dumps(GOOD))
     assert refusal(tmp_path).endswith("; of its 6 jsons (a.json, b.json, c.json, d.json, e.json, "
-                                      "...), name the one to train on as above")
+                                      "...), rename the one to train on as above, and one to "
+                                      "validate on, if there is one, to instances_val.json")
 
 
 def test_a_folder_one_too_high_is_noticed(tmp_path):
     write_coco(tmp_path / "coco" / "coco", GOOD, "val")
     assert refusal(tmp_path / "coco").endswith(f"; is {tmp_path / 'coco' / 'coco'} meant?")
+    write_coco(tmp_path / "coco" / "coco", GOOD, "test")
+    assert refusal(tmp_path / "coco" / "coco" / "annotations").endswith(
+        f"; is {tmp_path / 'coco' / 'coco'} meant?")
+    (tmp_path / "high" / "low").mkdir(parents=True)
+    (tmp_path / "high" / "low" / "one.json").write_text("{}")           # a json of any name
+    assert refusal(tmp_path / "high").endswith(f"; is {tmp_path / 'high' / 'low'} meant?")
     write_yolo(tmp_path / "outer" / "mine", [("labels", "images")])
     assert refusal(tmp_path / "outer").endswith(f"; is {tmp_path / 'outer' / 'mine'} meant?")
 
@@ -186,7 +200,7 @@ def test_a_folder_one_too_high_is_noticed(tmp_path):
 def test_a_validation_json_is_never_trained_on(tmp_path):
     """It may be the only json in the folder."""
     write_coco(tmp_path, GOOD, "val")
-    assert "link or copy" in refusal(tmp_path)
+    assert "copy or rename it to train" in refusal(tmp_path)
     assert not layouts.find(tmp_path, "val").is_shared
 
 

@@ -79,7 +79,7 @@ def test_only_a_last_pt_that_was_written_counts_as_saved(tmp_path, monkeypatch):
     run = at_step(begin(tmp_path / "run"), 3)
     run.save("best.pt")
     assert run.progress["saved"] == 0
-    with pytest.raises(OSError, match="full; step 0 is the last one saved in .*: begin anew"):
+    with pytest.raises(OSError, match="full; nothing is saved yet in .*: begin anew"):
         with run.saved_named(), monkeypatch.context() as patch:
             patch.setattr(checkpoints, "save", full)
             run.save("last.pt")

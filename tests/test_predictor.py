@@ -224,5 +224,5 @@ def test_a_missing_or_foreign_file_is_refused_by_load(tmp_path):
 
 def test_a_device_that_is_not_there_is_refused(folder):
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(ValueError, match=f"--device {absent}: this computer has"):
+    with pytest.raises(ValueError, match=f"device {absent} is not available here"):
         predictor.Predictor(folder, absent)

@@ -19,13 +19,15 @@ def test_one_process_is_the_first_of_one(capsys):
 
 
 def test_device():
-    assert processes.device("cpu") == torch.device("cpu")
+    assert processes.device("cpu") == processes.device(torch.device("cpu")) == torch.device("cpu")
     assert processes.device("auto").type in ("cpu", "cuda", "mps")
     absent = [kind for kind, place in (("cuda", torch.cuda), ("mps", torch.backends.mps))
               if not place.is_available()]
     for kind in absent:
-        with pytest.raises(ValueError, match=f"--device {kind}: this computer has .*cpu"):
+        with pytest.raises(ValueError, match=f"device {kind} is not available here: .*cpu"):
             processes.device(kind)
+        with pytest.raises(ValueError, match=f"device {kind}:1 is not available"):
+            processes.device(f"{kind}:1")
 
 
 def one_process(rank, folder):

@@ -130,7 +130,15 @@ def test_a_share_beside_a_validation_json_is_said_to_have_no_effect(folder):
                                                                               GOOD["categories"]))
 
 
-@pytest.mark.filterwarnings("ignore:.*boxes leave their image")
+def test_a_set_without_any_object_is_refused(tmp_path):
+    for split in ("train", "val"):
+        write_coco(tmp_path, GOOD | {"annotations": []}, split)
+    train_set = dataset.open_folder(tmp_path, "train", transforms.resize(60, 60))
+    with pytest.raises(ValueError, match="none of the .* training images has an object to learn"):
+        sets.check_queries(train_set, 9)
+
+
+@pytest.mark.filterwarnings("ignore:.*boxes reach outside")
 def test_what_cannot_be_learned_is_said(folder, tmp_path):
     """Of 11 and 12: a box beside its picture, one without width, and no bird; crowds count as
     nothing."""

@@ -71,7 +71,7 @@ def to_rgb(picture):
     if picture.mode.startswith(("I", "F")):
         pixels = np.asarray(picture)
         if picture.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError("its pixels are no numbers of 8 or 16 bits: which one is white?")
+            raise ValueError("its pixels are not numbers of 8 or 16 bits, so which one is white?")
         picture = Image.fromarray((pixels / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")

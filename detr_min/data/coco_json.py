@@ -42,15 +42,19 @@ def check(data, path):
         fault = twice_fault(data) or fields_fault(data) or annotations_fault(data)
     if fault:
         raise DataError(f"{path}: {fault}")
+    for image in data["images"]:
+        image["file_name"] = image["file_name"].replace("\\", "/")          # written on Windows
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     outside = sum(x + w > sizes[a["image_id"]][0] + 1 or y + h > sizes[a["image_id"]][1] + 1
                   or max(x, y, w, h) <= 1 or min(w, h) < 0
                   for a in data["annotations"] for x, y, w, h in [a["bbox"]])
+    doubt = (f"{path}: {outside} of {len(data['annotations'])} boxes reach outside their image, "
+             "lie in its first pixel or have a negative side: are they corners x1, y1, x2, y2 or in "
+             "[0, 1]? bbox is x, y, width, height in pixels")
+    if outside > len(data["annotations"]) / 2:
+        raise DataError(doubt)
     if outside > len(data["annotations"]) / 5:
-        warnings.warn(f"{path}: {outside} of {len(data['annotations'])} boxes leave their image, "
-                      "are inside its first pixel or have a negative side: are they corners x1, "
-                      "y1, x2, y2 or in [0, 1]? bbox is x, y, width, height in pixels",
-                      stacklevel=3)
+        warnings.warn(doubt, stacklevel=3)
     return data
 
 
@@ -94,7 +98,9 @@ def fields_fault(data):
         for entry in data[name]:
             value = entry.get(key)
             if type(value) is not kind:
-                return f"one of {name} has no {key} ({kind.__name__}): {SHORT.repr(entry)}"
+                what = (f"has no {key}" if value is None else
+                        f"has the {key} {SHORT.repr(value)}, which is no {kind.__name__}")
+                return f"one of {name} {what}: {SHORT.repr(entry)}"
             if kind is int and not is_number(value, MOST_ID):
                 return f"one of {name} has the {key} {SHORT.repr(value)}, which is beyond 2^53"
             if kind is str and not is_text(value):
@@ -121,10 +127,11 @@ def annotation_fault(a, image_ids, category_ids):
     box, area, iscrowd = a.get("bbox"), a.get("area", 0), a.get("iscrowd", 0)
     image_id, category_id = a.get("image_id"), a.get("category_id")
     if type(image_id) is not int or image_id not in image_ids:
-        return (f"image_id {SHORT.repr(image_id)} is not in images: a json cut down, text for a "
-                "number?")
+        return (f"there is no image with id {SHORT.repr(image_id)}: was the json cut down, or is "
+                "the id written as text?")
     if type(category_id) is not int or category_id not in category_ids:
-        return f"category_id {SHORT.repr(category_id)} is not in categories: a label, not an id?"
+        return (f"there is no category with id {SHORT.repr(category_id)}: is this the index of a "
+                "class?")
     if iscrowd not in (0, 1):
         return f"iscrowd must be 0 or 1, not {SHORT.repr(iscrowd)}"
     if not is_number(area, MOST_PX**2):

@@ -146,10 +146,11 @@ def chosen_categories(coco, class_names, path):
     categories = sorted(coco.dataset["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
     for name in set(class_names) - set(names):
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
+        lower = {known.lower(): known for known in names}
+        near = difflib.get_close_matches(name.lower(), lower, 1)
+        hint = f", did you mean {lower[near[0]]!r}?" if near else "."
         raise coco_json.DataError(f"{path} has no class {name!r}{hint} It has: "
-                                  + ", ".join(names))
+                                  + ", ".join(map(repr, names)))
     return [{"id": category["id"], "name": category["name"]} for category in categories
             if not class_names or category["name"] in class_names]
 

@@ -7,6 +7,7 @@ import pathlib
 from typing import NamedTuple
 
 SPLITS = {"train": "train", "train2017": "train", "val": "val", "valid": "val", "val2017": "val"}
+PARTS = "annotations", "images", *SPLITS       # folders inside a data set
 OTHERS = (      # layout, supervision's reader, its label files and where these lie, the pictures
     ("YOLO", "from_yolo", "labels/{}", "*.txt", "images/{}"),
     ("YOLO", "from_yolo", "{}/labels", "*.txt", "{}/images"),
@@ -29,7 +30,7 @@ def find(root, split):
         FileNotFoundError: what is missing, or how to convert what is there instead
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: the one that holds annotations/ is expected")
+        raise FileNotFoundError(f"{root} is not a folder: give the folder that holds your json")
     train, val = own_json(root, "train"), own_json(root, "val")
     if not train and not val:
         train = only_json(root)
@@ -38,19 +39,22 @@ def find(root, split):
         names = (root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", ""))
         raise FileNotFoundError(
             "neither " + " nor ".join(map(str, names)) + " exists" + (
-                "; where only val is at hand, link or copy its pictures and its json under the "
-                "train names (AP is then of images trained on)" if val else what_lies_in(root)))
+                "; if you have only a validation part, copy or rename it to train; AP is then "
+                "measured on the training images" if val else what_lies_in(root)))
     return found._replace(is_shared=not val)
 
 
 def own_json(root, split):
     """A json that is there for this split: COCO's own layout, the plain one, or Roboflow's."""
     for name in (f"{split}2017", split):
-        path, folder = root / "annotations" / f"instances_{name}.json", root / name
-        if path.is_file() and not folder.is_dir():
-            raise FileNotFoundError(f"{path} is there but not its pictures: {folder} is no folder")
-        if path.is_file():
-            return Part(path, [folder])
+        path = root / "annotations" / f"instances_{name}.json"
+        if not path.is_file():
+            continue
+        folders = [folder for folder in (root / name, root / "images" / name) if folder.is_dir()]
+        if not folders:
+            raise FileNotFoundError(f"{path} is there but not its pictures: there is no folder "
+                                    f"{root / name}")
+        return Part(path, folders[:1])
     folders = [root / name for name, its_split in SPLITS.items() if its_split == split]
     return next((Part(folder / "_annotations.coco.json", [folder]) for folder in folders
                  if (folder / "_annotations.coco.json").is_file()), None)
@@ -69,16 +73,24 @@ def subfolders(folder):
 
 def what_lies_in(root):
     """Say what a folder without a json of its own holds, to go on the sentence that it has none."""
+    if root.name in PARTS and holds_data(root.parent):
+        return f"; is {root.parent} meant?"
     paths = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")])
     if paths:
         shown = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
-        return f"; of its {len(paths)} jsons ({shown}), name the one to train on as above"
+        return (f"; of its {len(paths)} jsons ({shown}), rename the one to train on as above, and "
+                "one to validate on, if there is one, to instances_val.json")
     if lines := conversion(root):
         return lines
-    inner = next((folder for folder in subfolders(root) if own_json(folder, "train")
-                  or own_json(folder, "val") or conversion(folder)), None)
+    inner = next(filter(holds_data, subfolders(root)), None)
     return f"; is {inner} meant?" if inner else (
         "; no json of boxes lies there in a layout that is read (docs/data.md shows them)")
+
+
+def holds_data(folder):
+    """Whether a folder is one that is read here, or converted."""
+    return bool(only_json(folder) or any(folder.glob("annotations/*.json")) or conversion(folder)
+                or own_json(folder, "train") or own_json(folder, "val"))
 
 
 def foreign(root):

@@ -94,7 +94,8 @@ def photo(picture, found, names, out_png):
     h, w = picture.shape[-2:]
     inch = min(max(h, w, 640), 1600) / max(h, w) / DPI                              # of one pixel
     figure = Figure(figsize=(max(w * inch, 0.2), max(h * inch, 0.2)))
-    axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
     show(axes, picture)
     detections(axes, found, names)
     return save(figure, out_png)

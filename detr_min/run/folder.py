@@ -2,6 +2,7 @@
 
 Read after `loop.py`; train.py uses it.
 """
+import collections
 import dataclasses
 import json
 import math
@@ -121,8 +122,11 @@ def first_weights(detector, cfg, categories):
     """Fill a new detector with the weights that --init_from or its backbone start from."""
     if cfg.init_from:
         left = checkpoints.init_from(detector, categories, cfg.init_from)
-        processes.say(f"weights from {cfg.init_from}; {len(left)} tensors start at random: "
-                      f"{', '.join(left) or '-'}")
+        parts = collections.Counter(name.split(".")[0] for name in left)
+        shown = left if len(left) < 10 else [f"{n} of {part}" for part, n in parts.items()]
+        processes.say(f"weights from {cfg.init_from}; {len(left)} of "
+                      f"{len(detector.state_dict())} tensors start at random: "
+                      f"{', '.join(shown) or '-'}")
     elif cfg.backbone.startswith("resnet50"):
         detector.backbone.load_imagenet()
     elif cfg.backbone == "swin_l":

@@ -89,9 +89,9 @@ class Run:
             if isinstance(error, RuntimeError) and not cause:
                 raise
             step, out = self.progress["saved"], self.cfg.out
-            how = f"go on with --resume {out}" if step else "begin anew"
-            raise OSError(f"{cause or ending.what_is_said(error)}; step {step} is the last one "
-                          f"saved in {out}: {how}") from error
+            saved = (f"step {step} is the last one saved in {out}: go on with --resume {out}"
+                     if step else f"nothing is saved yet in {out}: begin anew")
+            raise OSError(f"{cause or ending.what_is_said(error)}; {saved}") from error
         finally:
             if self.config_file:
                 self.config_file.close()

@@ -42,10 +42,10 @@ def device(name):
     """
     here = [kind for kind, place in (("cuda", torch.cuda), ("mps", torch.backends.mps),
                                      ("cpu", torch.cpu)) if place.is_available()]
-    if name == "auto":
-        name = here[0]
-    if name not in here:
-        raise ValueError(f"--device {name}: this computer has {', '.join(here)}")
+    name = here[0] if name == "auto" else str(name)
+    if name.split(":")[0] not in here:
+        raise ValueError(f"device {name} is not available here: this computer has "
+                         f"{', '.join(here)}")
     if name == "cuda" and world() > 1:
         name = f"cuda:{dist.get_node_local_rank()}"
         torch.cuda.set_device(name)

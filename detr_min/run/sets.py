@@ -82,13 +82,16 @@ def class_names(cfg):
 
 
 def check_queries(train_set, num_queries):
-    """Refuse a set where an object would go without a query.
+    """Refuse a set without any object, or where an object would go without a query.
 
     Raises:
         ValueError: naming the image of most objects
     """
     counts = {image_id: len(train_set.annotations(image_id)) for image_id in train_set.image_ids}
     fullest = max(counts, key=counts.get)
+    if not counts[fullest]:
+        raise ValueError(f"none of the {len(counts)} training images has an object to learn from: "
+                         "was the json written before anything was labelled?")
     if counts[fullest] > num_queries:
         raise ValueError(f"image {fullest} holds {counts[fullest]} objects but the preset has "
                          f"{num_queries} queries, and each object needs one: take a preset with "
