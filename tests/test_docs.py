@@ -152,7 +152,7 @@ def test_steps_and_exercises_of_the_reading_path_are_all_there():
 
 # ---- the examples ----
 
-USE = dict(zip(("load", "torchvision", "torchmetrics", "supervision"),
+USE = dict(zip(("load", "csv", "torchvision", "torchmetrics", "supervision"),
                (block for _, block in blocks_of("use", "python")), strict=True))
 
 
@@ -182,6 +182,14 @@ def test_the_detections_of_the_first_example(in_use, capsys):
     assert found["labels"].dtype == torch.int64 and found["scores"].dtype == torch.float32
     documented = re.findall(r"^\| `(\w+)` \| [(l]", (ROOT / "docs/use.md").read_text(), re.M)
     assert sorted(documented) == sorted(found)
+
+
+def test_the_example_of_a_table(in_use):
+    exec(USE["csv"], in_use)
+    first, *rows = pathlib.Path("triangles.csv").read_text().split()
+    assert first == "name,score,x1,y1,x2,y2"
+    assert len(rows) == in_use["found"]["names"].count("triangle") > 0
+    assert all(row.startswith("triangle,") and row.count(",") == 5 for row in rows)
 
 
 def test_the_example_of_torchvision(in_use):

@@ -49,8 +49,8 @@ def check(data, path):
                   or max(x, y, w, h) <= 1 or min(w, h) < 0
                   for a in data["annotations"] for x, y, w, h in [a["bbox"]])
     doubt = (f"{path}: {outside} of {len(data['annotations'])} boxes reach outside their image, "
-             "lie in its first pixel or have a negative side: are they corners x1, y1, x2, y2 or in "
-             "[0, 1]? bbox is x, y, width, height in pixels")
+             "lie in its first pixel or have a negative side: are they corners x1, y1, x2, y2 or "
+             "in [0, 1]? bbox is x, y, width, height in pixels")
     if outside > len(data["annotations"]) / 2:
         raise DataError(doubt)
     if outside > len(data["annotations"]) / 5:
