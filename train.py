@@ -67,6 +67,8 @@ def main():
     cfg, given = config.parse(__doc__)
     processes.join()
     run = folder.start(config.check_resume(cfg, given))     # builds the detector and opens the data
+    if run.progress["step"] == run.cfg.steps:
+        processes.say(f"all steps of this run are done; to train longer, --init_from {run.cfg.out}")
     with run.saved_named():
         train(run)
         step, steps = run.progress["step"], run.cfg.steps

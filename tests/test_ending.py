@@ -1,6 +1,7 @@
 """How a program ends: a sentence for what a person can mend, a traceback for what is our fault."""
 import io
 import sys
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,17 @@ def test_full_memory_is_said(error):
     with pytest.raises(SystemExit, match="^prog: the memory is full: a smaller batch"):
         with ending.in_a_sentence("prog"):
             raise error
+
+
+def test_a_warning_is_a_sentence_without_its_place(capsys):
+    before = warnings.formatwarning
+    with ending.in_a_sentence("prog"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *place: sys.stderr.write(
+            warnings.formatwarning(message, *place))                    # pytest's shows nothing
+        warnings.warn("boxes look odd")
+    assert capsys.readouterr().err == "prog: boxes look odd\n"
+    assert warnings.formatwarning is before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), TypeError("a defect")])

@@ -219,12 +219,14 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(monkeypatch, tm
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_finished_run_can_be_finished_again(monkeypatch, tmp_path):
+def test_a_finished_run_can_be_finished_again(monkeypatch, tmp_path, capsys):
     """Whatever stopped it after its last step: --resume writes what is missing."""
     run(monkeypatch, *SMALL, "--steps", 2, "--out", tmp_path / "run")
     before = json.loads((tmp_path / "run" / "metrics.json").read_text())
     (tmp_path / "run" / "metrics.json").unlink()
+    capsys.readouterr()
     run(monkeypatch, "--resume", tmp_path / "run" / "last.pt")
+    assert "all steps of this run are done; to train longer, --init_from" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
     lines = log_of(tmp_path / "run")
     assert [step for step, _, val in lines if val] == [1, 2] and len(lines) == 4

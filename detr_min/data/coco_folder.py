@@ -54,7 +54,8 @@ def read_picture(folder, image):
     except Exception as error:                                  # Pillow raises many kinds
         raise coco_json.DataError(
             f"{path} (image id {image['id']}) cannot be read "
-            f"({str(error) or type(error).__name__}): an interrupted download?") from None
+            f"({str(error) or type(error).__name__}): put a readable copy in its place, and leave "
+            "the json as it is") from None
     if not rgb or rgb.size != size:
         raise coco_json.DataError(
             f"{path} (image id {image['id']}) has {stored[0]}x{stored[1]} pixels but "

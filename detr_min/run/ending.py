@@ -5,6 +5,7 @@ Read after nothing; train.py and eval.py use it.
 import contextlib
 import sys
 import traceback
+import warnings
 
 READER = "a process that reads pictures was killed; is the memory full?"
 MEMORY = "the memory is full: a smaller batch, smaller pictures or a smaller model needs less"
@@ -44,10 +45,13 @@ def what_is_said(error):
 def in_a_sentence(program):
     """Exit with status 1 and a sentence for what a person can mend, with 130 after Ctrl-C.
 
-    What a terminal cannot show, such as the name of a class in another script, is spelled out.
+    What a terminal cannot show, such as the name of a class in another script, is spelled out. A
+    warning is a sentence too, without the line of code that gave it.
     """
     with contextlib.suppress(AttributeError):               # no terminal but a notebook's cell
         sys.stdout.reconfigure(errors="backslashreplace")
+    format_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"{program}: {message}\n"
     try:
         yield
     except (ValueError, OSError) as error:
@@ -60,3 +64,5 @@ def in_a_sentence(program):
         sys.exit(f"{program}: {cause(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        warnings.formatwarning = format_before
