@@ -132,7 +132,7 @@ def test_overfits_two_images(base, name, queries, kind):
     images, is_pad, targets = two_pictures()
     detector = a_detector(base, name, queries).train()
     loss_of = registry.training(config_of(base, name, queries, kind)).loss
-    lr, steps = {"deformable": (3e-3, 50), "tal": (4e-3, 110), "focal": (4e-3, 300)}[
+    lr, steps = {"deformable": (3e-3, 50), "tal": (4e-3, 200), "focal": (4e-3, 300)}[
         base if base == "deformable" else kind]
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr)
     for _ in range(steps):
