@@ -92,7 +92,7 @@ class MiniDetector(nn.Module):
         """
         objectness = proposals.logits[..., 0]                                               # (B, S)
         cell = objectness.topk(min(num_queries, objectness.shape[1]), dim=1).indices   # (B, <= N)
-        found = proposals.boxes.detach().take_along_dim(cell[..., None], dim=1)
+        found = proposals.boxes.detach().gather(1, cell[..., None].expand(-1, -1, 4))
         return F.pad(found, (0, 0, 0, num_queries - cell.shape[1]), value=1)
 
 

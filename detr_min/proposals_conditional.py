@@ -60,7 +60,7 @@ def pick(tensor, cell, nothing):
     (B, S, X), (B, N) -> (B, N, X)
     """
     tensor = F.pad(tensor, (0, 0, 0, 1), value=nothing)
-    return tensor.take_along_dim(cell[..., None], dim=1)
+    return tensor.gather(1, cell[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 class MiniDetector(nn.Module):

@@ -243,7 +243,8 @@ def test_published_models_read_padding_but_little(preset, changes):
 VARIANTS = (
     ("deformable", "dac", "two_stage"),
     ("deformable", "deformable", "learned"), ("deformable", "decoupled", "task_aware"),
-    ("deformable", "split", "two_stage"), ("conditional", "conditional", "learned"))
+    ("deformable", "split", "two_stage"), ("conditional", "conditional", "learned"),
+    ("conditional", "decoupled", "task_aware"))
 
 
 def assert_same(found, wanted):
