@@ -97,6 +97,7 @@ def test_resnet_is_torchvisions(torchvision_resnet, monkeypatch):
     assert not any("bn" in name for name, _ in ours.named_parameters())
 
 
+@pytest.mark.slow
 def test_dc5_has_dilation_in_place_of_the_last_stride():
     """The same weights as ResNet-50's; torchvision's own dilated network; C5 has stride 16."""
     torch.manual_seed(0)

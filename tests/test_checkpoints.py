@@ -22,9 +22,10 @@ def saved(path, categories=CATEGORIES, **changes):
 
 
 @pytest.mark.parametrize("name, queries", [
-    *((name, "two_stage") for name in registry.DECODERS["deformable"]),
-    ("deformable_fixed", "learned"), ("deformable", "two_stage_unmixed"),
-    ("decoupled", "task_aware"), ("split", "task_aware")])
+    ("dac", "two_stage"), ("deformable_fixed", "learned"), ("decoupled", "task_aware"),
+    *(pytest.param(*words, marks=pytest.mark.slow) for words in (
+        *((name, "two_stage") for name in registry.DECODERS["deformable"] if name != "dac"),
+        ("deformable", "two_stage_unmixed"), ("split", "task_aware")))])
 def test_load_model_gives_the_same_detector_back(name, queries, tmp_path):
     detector = saved(tmp_path / "last.pt", model=name, queries=queries)
     loaded = checkpoints.load_model(tmp_path)                # a run folder means its last.pt

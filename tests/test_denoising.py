@@ -301,7 +301,8 @@ def test_negatives_and_empty_slots_learn_that_there_is_nothing():
     assert (gradient[positives] < 0).all() and (gradient[~positives] > 0).all()
 
 
-@pytest.mark.parametrize("empty", ["one image", "whole batch"])
+@pytest.mark.parametrize("empty", [pytest.param("one image", marks=pytest.mark.slow),
+                                   "whole batch"])
 @pytest.mark.parametrize("name, queries", MODELS)
 def test_images_without_objects_are_a_normal_case(name, queries, empty):
     """No object in the batch: no slot, loss 0, and still every parameter has a gradient."""

@@ -74,9 +74,8 @@ def test_tiles_have_the_shape_of_the_pictures(tmp_path):
 
 
 def test_predictions_at_a_lower_threshold_have_a_colour_for_each_class(tmp_path):
-    ds = dataset.open_shapes("val", transforms.resize(64, 64), 9)
+    ds = dataset.open_shapes("val", transforms.resize(64, 64), 2)
     figure = draw.predictions(TwoBoxes(), ds, tmp_path / "a.png", threshold=0.2)
-    assert len(figure.axes) == 8                        # in two rows of four
     found = [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "-"]
     assert len(found) == 2 and found[0].get_edgecolor() != found[1].get_edgecolor()
     texts = [text.get_text() for text in figure.axes[0].texts]

@@ -119,7 +119,8 @@ def test_stubs_are_written_once_and_never_over_what_a_student_wrote(tmp_path, ca
     assert any(re.search(r"tal_loss.py completed, what was there is unchanged", s) for s in said)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [pytest.param(name, marks=[pytest.mark.slow] * (number > 1))
+                                    for number, name in enumerate(MODULES)])
 def test_a_stub_fails_with_a_sentence(tmp_path, module):
     """The first red: one failure, which names the exercise and what to do."""
     stubs.main(tmp_path)

@@ -23,6 +23,11 @@ ALL = [marked(base, name, queries) for base in registry.DECODERS
        for name in registry.DECODERS[base] for queries in registry.QUERIES[base]]
 
 
+ONE_OF_EACH = [                         # the others differ in what two of these have
+    ("deformable", "dac", "two_stage"), ("deformable", "decoupled", "task_aware"),
+    ("conditional", "decoupled", "task_aware")]
+
+
 def config_of(base, name, queries, loss="focal", **changes):
     return config.preset(PRESETS[base], model=name, queries=queries, loss=loss,
                          **{**TINY, **changes})
@@ -73,7 +78,7 @@ def test_the_c_decoder_runs_in_training_only():
 
 @pytest.mark.parametrize("base, name, queries", [
     pytest.param(*words.values, marks=[*words.marks, *[pytest.mark.slow] * (
-        words.values[1] not in ("dac", "decoupled"))]) for words in ALL])
+        words.values not in ONE_OF_EACH)]) for words in ALL])
 @torch.no_grad()
 def test_bf16_is_near_full_precision(base, name, queries):
     """Both decoders. Proposals differ by rounding; the N best of them may be others."""
@@ -91,7 +96,7 @@ def test_bf16_is_near_full_precision(base, name, queries):
 
 
 EMPTY = [pytest.param(*words.values, empty, marks=[*words.marks, *[pytest.mark.slow] * (
-    empty == "one image" or words.values[1] not in ("dac", "decoupled"))])
+    empty == "one image" or words.values not in ONE_OF_EACH)])
          for words in ALL for empty in ("one image", "whole batch")]
 
 
@@ -160,9 +165,6 @@ def test_overfits_two_images(base, name, queries, kind):
 
 # --- padding --------------------------------------------------------------------------------------
 
-ONE_OF_EACH = [                         # the others differ in what two of these have
-    ("deformable", "dac", "two_stage"), ("deformable", "decoupled", "task_aware"),
-    ("conditional", "decoupled", "task_aware")]
 PADDED = [pytest.param(base, name, queries,
                        marks=[pytest.mark.slow] * ((base, name, queries) not in ONE_OF_EACH))
           for base in registry.DECODERS for name in registry.DECODERS[base]

@@ -387,7 +387,8 @@ OURS = {"format": contents.FORMAT, "config": {}, "categories": [], "model": {}, 
         "progress": {}}
 
 
-@pytest.mark.parametrize("program_part", ["load_model", "init_from"])
+@pytest.mark.parametrize("program_part", [
+    "load_model", pytest.param("init_from", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", STRANGE)
 def test_strange_content_is_refused_in_a_sentence(case, program_part, tmp_path):
     """A ValueError, which the programs print, and no traceback."""

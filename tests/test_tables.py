@@ -112,6 +112,7 @@ def test_the_sizes_of_models(cells):
         assert found[0] == int(number) == EXACT[what.strip("`")]
 
 
+@pytest.mark.slow
 def test_every_command_builds_a_model_of_a_listed_size():
     """Epochs and losses change no parameter, nor does dilation; the C-Decoder adds none."""
     listed = {int(cells[1].replace(",", "")) for cells in SIZES}

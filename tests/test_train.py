@@ -65,9 +65,9 @@ def assert_same_weights(a, b, **tolerance):
 
 @pytest.mark.parametrize("words", [
     ["--model", "dac_decoupled", "--queries", "task_aware", "--loss", "tal"],
-    ["--model", "dac_release", "--loss", "align"],
-    ["--model", "deformable_fixed", "--queries", "learned"], ["--preset", "shapes_sd"],
+    ["--model", "dac_release", "--loss", "align"], ["--preset", "shapes_sd"],
     *(pytest.param(words, marks=pytest.mark.slow) for words in (
+        ["--model", "deformable_fixed", "--queries", "learned"],
         ["--model", "deformable"], ["--model", "dac"], ["--model", "decoupled"],
         ["--model", "split"], ["--model", "dac", "--loss", "align"],
         ["--model", "deformable", "--queries", "learned"], ["--preset", "shapes_conditional"]))])
