@@ -37,6 +37,7 @@ def test_load_model_gives_the_same_detector_back(name, queries, tmp_path):
     assert (loaded.config.model, loaded.config.queries) == (name, queries)
 
 
+@pytest.mark.slow
 def test_load_model_asks_for_no_weights_but_the_files(tmp_path, monkeypatch):
     """Neither ImageNet's nor a network: a run with ResNet-50 loads on a machine that is offline."""
     def refuse(*args, **kwargs):

@@ -189,7 +189,7 @@ def test_the_unedited_one_is_taken_by_every_door(good, door, tmp_path):
     through(door, tmp_path / "last.pt")
 
 
-SOME_SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (i % 15 != 7))
+SOME_SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (i % 30 != 7))
              for i, name in enumerate(VARIANTS)]
 
 
@@ -280,7 +280,7 @@ if hasattr(os, "mkfifo"):
 
 
 @pytest.mark.parametrize("name, door", [
-    pytest.param(name, door, marks=[pytest.mark.slow] * (name == "compressed" and door != ALL[0]))
+    pytest.param(name, door, marks=[pytest.mark.slow] * (door != ALL[0]))
     for name in BYTES for door in ALL])
 def test_no_file_hangs_runs_code_or_loads_wrong(good, name, door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -351,6 +351,7 @@ def legend_of(figure):
     return " ".join(text.get_text() for legend in legends for text in legend.get_texts())
 
 
+@pytest.mark.slow
 def test_initial_points_are_directions_and_steps(tmp_path):
     """A point k steps out is k cells from a point, k / K half sizes from a box's centre."""
     figure = pictures.initial_points(tmp_path / "a.png", num_heads=6, num_points=3)
@@ -488,6 +489,7 @@ def test_answers_are_those_of_the_model_itself(dataset):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_assignments_draw_every_pair(tmp_path, dataset, monkeypatch):
     pairs = torch.tensor([0, 5]), torch.tensor([1, 1])
     monkeypatch.setattr(matcher, "one_to_many", lambda quality: pairs)
@@ -528,6 +530,7 @@ def test_branches_stand_beside_the_ordinary_decoder(tmp_path):
     assert "box that the query predicts most attention on a map" in legend_of(figure)
 
 
+@pytest.mark.slow
 def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
     """Against the gradients at s = .01, u = .9, worked out one entry at a time."""
     figure = pictures.aligned_targets(tmp_path / "a.png")
@@ -542,6 +545,7 @@ def test_aligned_targets_say_how_hard_each_loss_pulls(tmp_path):
     assert len(figure.axes[1].lines) == 5                           # three IoUs, focal loss, zero
 
 
+@pytest.mark.slow
 def test_a_missing_run_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(SystemExit, match="`python -m studies .* --only sd_detr --into runs/p"):
         pictures.main(["--run", str(tmp_path / "no"), "--out", str(tmp_path)])

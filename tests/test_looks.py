@@ -111,6 +111,7 @@ def test_points_and_boxes_are_drawn_in_pixels(tmp_path):
         assert (x_mean, y_mean) == pytest.approx((x + w / 2, y + h / 2), abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_map_is_drawn_over_the_whole_picture(tmp_path):
     detector = tiny("conditional", "shapes_conditional")
     figure = looks.where_it_looks(detector, *a_picture(), tmp_path / "a.png", num_queries=2)
@@ -120,6 +121,7 @@ def test_a_map_is_drawn_over_the_whole_picture(tmp_path):
         assert over.get_array().sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_reference_points_are_drawn_as_crosses(tmp_path):
     detector, (image, is_pad) = tiny("deformable_fixed", queries="learned"), a_picture(64, 64)
     figure = looks.where_it_looks(detector, image, is_pad, tmp_path / "a.png", num_queries=2)

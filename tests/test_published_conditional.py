@@ -115,6 +115,7 @@ def test_refusals(write, generator):
                                                 "args": {"nheads": 4, "dilation": True}}))
 
 
+@pytest.mark.slow
 def test_init_from_takes_all_but_the_class_head_for_other_classes(write, generator):
     detector = registry.build(config.preset("paper_conditional_r50", **{**SMALL, "num_classes": 2}))
     left = checkpoints.init_from(detector, [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],

@@ -106,6 +106,7 @@ def test_one_and_one_epoch_are_two(monkeypatch, tmp_path):
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "paused")
 
 
+@pytest.mark.slow
 def test_the_log_of_a_killed_run_is_that_of_the_straight_one(monkeypatch, tmp_path):
     """Lines are due at steps 2, 4, 6, saves at 3, 6: the mean at 4 must not depend on a kill at 5.
     """
