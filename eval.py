@@ -10,6 +10,7 @@
 Pictures and pages go into --out, else RUN/photos. With --out, so does AP, as eval.json.
 """
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -63,7 +64,7 @@ def readable(*paths):
     """Yield (name, picture) of files, or of each file in a folder; say which cannot be read.
 
     Raises:
-        ValueError: there is none that can be read
+        ValueError: there is none that can be read, or two have the same name
     """
     files, num_folders, count = [], 0, 0
     for root in map(pathlib.Path, paths):
@@ -72,6 +73,10 @@ def readable(*paths):
         inside = sorted(root.iterdir()) if root.is_dir() else [root]
         files += [path for path in inside if path.is_file()]
         num_folders += sum(path.is_dir() for path in inside)
+    names = collections.Counter(file.name for file in files)
+    if len(names) < len(files):
+        raise ValueError(f"two files are called {names.most_common(1)[0][0]}, and so would their "
+                         "results be: run each folder with an --out of its own")
     for file in files:
         try:
             picture = predictor.read(file)

@@ -131,6 +131,16 @@ def test_a_photo_is_turned_as_its_exif_says(run, tmp_path):
     assert max(row["box_xyxy"][2] for row in rows) <= 60
 
 
+def test_two_photos_of_one_name_do_not_overwrite_each_other(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        photo(tmp_path / folder / "1.png")
+    paths = [str(tmp_path / folder) for folder in ("a", "b")]
+    with pytest.raises(ValueError, match="two files are called 1.png"):
+        list(program.readable(*paths))
+    assert [name for name, _ in program.readable(paths[0])] == ["1.png"]
+
+
 def test_no_readable_photo_is_an_error(run, tmp_path):
     """It says that subfolders are left out, and leaves no empty folder behind."""
     (tmp_path / "photos" / "sub").mkdir(parents=True)
