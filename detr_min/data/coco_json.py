@@ -13,6 +13,7 @@ import warnings
 from pycocotools.coco import COCO
 
 MOST_PX = 10**6            # sides of pictures and numbers of boxes: float32 keeps these apart
+MOST_WRONG = 0.5           # share of a json's boxes that may reach outside their image
 MOST_ID = 2**53            # float64, in which pycocotools stores ids, keeps these apart
 LISTS = "images", "annotations", "categories"
 FIELDS = (("images", "id", int), ("images", "file_name", str), ("images", "width", int),
@@ -51,7 +52,7 @@ def check(data, path):
     doubt = (f"{path}: {outside} of {len(data['annotations'])} boxes reach outside their image, "
              "lie in its first pixel or have a negative side: are they corners x1, y1, x2, y2 or "
              "in [0, 1]? bbox is x, y, width, height in pixels")
-    if outside > len(data["annotations"]) / 2:
+    if outside > MOST_WRONG * len(data["annotations"]):
         raise DataError(doubt)
     if outside > len(data["annotations"]) / 5:
         warnings.warn(doubt, stacklevel=3)
