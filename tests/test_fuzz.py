@@ -203,7 +203,8 @@ def jsons(draw):
 
 
 def test_any_json_gives_valid_tensors_or_a_sentence(root, monkeypatch):
-    """6000 of them, also with mostly wrong boxes; a fifth at least is valid and a fifth is refused, or little would be shown."""
+    """6000 of them, also with mostly wrong boxes; a fifth at least is valid and a fifth is refused,
+    or little would be shown."""
     monkeypatch.setattr(coco_json, "MOST_WRONG", 1)
     seen, before = collections.Counter(), tree(root.parent / "outside")
     path = root / "annotations" / "instances_val.json"
