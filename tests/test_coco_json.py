@@ -113,9 +113,13 @@ def test_a_backslash_parts_folders_as_on_windows(tmp_path):
 
 
 def test_good_boxes_are_not_warned_about(tmp_path):
+    """Nor the only one that an image of one pixel can have."""
+    pixel = {**GOOD, "images": [{"id": 7, "file_name": "a.png", "width": 1, "height": 1}],
+             "annotations": [{**GOOD["annotations"][0], "image_id": 7, "bbox": [0, 0, 1, 1]}]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dataset.open_folder(write_coco(tmp_path, GOOD), "val", KEEP_SIZE)
+        coco_json.check(pixel, tmp_path / "pixel.json")
 
 
 @pytest.mark.parametrize("name", ["../../secret.png", "a/../../../b.png", "/etc/passwd.png",

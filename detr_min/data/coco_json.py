@@ -46,9 +46,9 @@ def check(data, path):
     for image in data["images"]:
         image["file_name"] = image["file_name"].replace("\\", "/")          # written on Windows
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
-    outside = sum(x + w > sizes[a["image_id"]][0] + 1 or y + h > sizes[a["image_id"]][1] + 1
-                  or max(x, y, w, h) <= 1 or min(w, h) < 0
-                  for a in data["annotations"] for x, y, w, h in [a["bbox"]])
+    outside = sum(x + w > width + 1 or y + h > height + 1 or min(w, h) < 0
+                  or max(x, y, w, h) <= 1 < max(width, height) for a in data["annotations"]
+                  for (x, y, w, h), (width, height) in [(a["bbox"], sizes[a["image_id"]])])
     doubt = (f"{path}: {outside} of {len(data['annotations'])} boxes reach outside their image, "
              "lie in its first pixel or have a negative side: are they corners x1, y1, x2, y2 or "
              "in [0, 1]? bbox is x, y, width, height in pixels")
