@@ -14,6 +14,8 @@ import sys
 import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from exercises.grading import catalogue  # noqa: E402
 SETUP = '''import inspect
 import pathlib
 import sys
@@ -31,7 +33,7 @@ def show(*things):
 
 def steps():
     """The rows of the reading path: number, paper, files, question before, what one knows after."""
-    text = (ROOT / "docs" / "reading_path.md").read_text()
+    text = (ROOT / "docs" / "reading_path.md").read_text(encoding="utf-8")
     text = text[text.index("## In order"):text.index("## Exercises")]
     for row in re.findall(r"^\| (\d+ \|.*) \|$", text, re.M):
         number, paper, files, _, question, after = map(str.strip, row.split(" | "))
@@ -40,7 +42,7 @@ def steps():
 
 def exercises():
     """{step: its exercises}, from the page's second table."""
-    text = (ROOT / "docs" / "reading_path.md").read_text()
+    text = (ROOT / "docs" / "reading_path.md").read_text(encoding="utf-8")
     table = text[text.index("| step | exercise"):]
     return {int(step): cell for step, cell in
             re.findall(r"^\| (\d+) \| (\d+ .+?) \|", table, re.M)}
@@ -56,16 +58,20 @@ def functions(tree, path=()):
 
 
 def equations(module):
-    """The functions of one of the papers' files whose docstring cites what they compute."""
-    tree = ast.parse((ROOT / "detr_min" / f"{module}.py").read_text())
+    """The functions of one of the papers' files whose docstring cites what they compute.
+
+    Those that an exercise asks for are left out.
+    """
+    tree = ast.parse((ROOT / "detr_min" / f"{module}.py").read_text(encoding="utf-8"))
     return [f"{module}.{name}" for name, node in functions(tree)
-            if re.search(r"\[[\w ]+(Eq|App|Alg|Sec)\. ", ast.get_docstring(node) or "")]
+            if f"{module}.{name}" not in catalogue.EXERCISES
+            and re.search(r"\[[\w ]+(Eq|App|Alg|Sec)\. ", ast.get_docstring(node) or "")]
 
 
 def examples(module):
     """The tests of a file that are worked by hand and take no argument: (about, code) each."""
     file = ROOT / "tests" / f"test_{module}.py"
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     for name, node in functions(ast.parse(text)):
         if re.fullmatch(r"test_.*by_hand", name) and not node.args.args:
             rows = text.splitlines()[node.lineno:node.end_lineno]
@@ -87,6 +93,9 @@ def cells():
         yield "markdown", (f"## {number}. {paper}\n\nFiles: "
                            + ", ".join(f"`{module}.py`" for module in modules)
                            + f"\n\n**{question}**" * (question != "–"))
+        if number in tasks:
+            yield "markdown", (f"Exercises: {tasks[number]}; see `exercises/README.md`. The code "
+                               "of these functions is not shown here.")
         for module in modules:
             names = equations(module) if (ROOT / "detr_min" / f"{module}.py").exists() else []
             if names:
@@ -95,8 +104,6 @@ def cells():
                 yield "markdown", about
                 yield "code", code
         yield "markdown", f"You can now explain: {after}."
-        if number in tasks:
-            yield "markdown", f"Exercises: {tasks[number]}; see `exercises/README.md`."
 
 
 def notebook():
@@ -113,5 +120,5 @@ def notebook():
 
 if __name__ == "__main__":
     out = pathlib.Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "reading_path.ipynb"
-    out.write_text(json.dumps(notebook(), indent=1) + "\n")
+    out.write_text(json.dumps(notebook(), indent=1) + "\n", encoding="utf-8")
     print(f"{out} written; open it with `jupyter lab {out}`")

@@ -40,7 +40,7 @@ def ranked_target(scores, ious, gt_idx, tau=1.5):
         ious    IoU  (P,)  of the same layer's box with the object, in [0, 1]
         gt_idx       (P,)  the object of each pair; sorted by query
     Returns:
-        y (P,) in (0, 1] and w (P,) in (0, 1], both without gradient
+        y (P,) in (0, 1] and w (P,) in (0, 1], both without gradient and of the scores' dtype
     """
     raise NotImplementedError(
         "exercise 10, align_loss.ranked_target: "

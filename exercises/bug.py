@@ -1,9 +1,10 @@
 """Exercise 11: get a function with a bug in it.
 
-    python exercises/bug.py 3           # writes exercises/bug_3.py; in FOLDER: bug.py 3 FOLDER
-    pytest --mine bug_3                 # red; mend the file until it is green
+    python exercises/bug.py 1           # writes exercises/bug_1.py; in FOLDER: bug.py 1 FOLDER
+    pytest --mine bug_1                 # red; fix the file until it is green
 
 One line is wrong. Shapes are right, nothing crashes, and a detector trains with it, only worse.
+Bugs 2 to 5 and 7 hold our solutions of exercises 5, 6, 7 and 9: do those first.
 """
 import pathlib
 import sys
@@ -20,7 +21,7 @@ def text_of(name, where=""):
     mutant = bank.BUGS[name]
     module, *path = mutant.function.split(".")
     rows = [f'"""Bug {name[4:]} of exercise 11: one line of this function is not as it was in',
-            f"{catalogue.path(module)}. Find it without looking there, mend it, and grade it with",
+            f"{catalogue.path(module)}. Find it without looking there, fix it, and grade it with",
             "", f"    pytest --mine {name}{where}", '"""', *stubs.imports(module, [path]), "", ""]
     source = mutant.source()
     if path[:-1]:
@@ -43,7 +44,7 @@ def main(words):
     if file.exists():
         print(f"{file} is there already and stays as it is; delete it to begin again")
         return 1
-    file.write_text(text_of(file.stem, where))
+    file.write_text(text_of(file.stem, where), encoding="utf-8")
     print(f"{file} written; grade it with `pytest --mine {file.stem}{where}`")
     return 0
 

@@ -5,18 +5,17 @@
 
 submissions/ holds a folder for each student, named as the student is to be called in the csv. The
 files lie in it as in exercises/: submissions/ada/matcher.py. Without --mine, all functions of
-exercises 1 to 10 are graded. A point is a test that the function passes; there is no training.
+exercises 1 to 10 are graded, by the number of their tests that they pass; there is no training.
 
 The csv gets a row for each student and exercise as soon as it is graded. Rows that it has already
-stay, and what they grade is not graded again: after Ctrl-C or a crash, give the same command. To
-grade something anew, delete its row. Needs Linux. To see all of a failure:
+stay, and what they grade is not graded again: after Ctrl-C or a crash, give the same command. Who
+hands in again needs --again NAME. Needs Linux. To see all of a failure:
 
     pytest --mine matcher.match_quality --folder=submissions/ada --apart
 """
 import argparse
 import csv
 import io
-import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
@@ -29,8 +28,8 @@ if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""     # a process that has used a GPU cannot fork
 from exercises.grading import apart, bank, catalogue, points  # noqa: E402
 
-FIELDS = "student", "exercise", "points", "of", "seconds", "reason"
-FORK = multiprocessing.get_context("fork")
+FIELDS = "student", "exercise", "passed", "tests", "seconds", "reason"
+FORK = apart.FORK
 
 
 class Job:
@@ -53,17 +52,18 @@ class Job:
         is_late = seconds > self.options.seconds
         if not self.connection.poll() and self.process.is_alive() and not is_late:
             return None
-        passed, of, reason = 0, self.total, f"not graded within {self.options.seconds:g} s"
+        passed, tests, reason = 0, self.total, f"not graded within {self.options.seconds:g} s"
         try:
             if self.connection.poll():
-                passed, of, reason = self.connection.recv()
+                passed, tests, reason = self.connection.recv()
         except EOFError:
             self.process.join(1)
             reason = f"the process that graded it was ended, status {self.process.exitcode}"
         self.process.kill()
         self.process.join()
         self.connection.close()
-        return dict(zip(FIELDS, (self.student, self.target, passed, of, round(seconds, 1), reason)))
+        return dict(zip(FIELDS, (self.student, self.target, passed, tests, round(seconds, 1),
+                                 reason)))
 
 
 def parse(words):
@@ -74,6 +74,7 @@ def parse(words):
     add("folder", type=pathlib.Path, help="it holds a folder for each student")
     add("--csv", type=pathlib.Path, required=True, metavar="FILE", help="where the rows go")
     add("--mine", action="append", default=[], metavar="MODULE.FUNCTION", help="what to grade")
+    add("--again", action="append", default=[], metavar="NAME", help="a student to grade anew")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="hand-ins at the same time")
     add("--seconds", type=float, default=180, metavar="S", help="for one function of one student")
     add("--memory", type=int, default=apart.MEMORY_MB, metavar="MB", help="of it, beside torch")
@@ -92,20 +93,35 @@ def parse(words):
     return options
 
 
-def rows_of(file):
-    """The rows of a csv, which is made if it is not there; a last row that was cut off is removed.
-    """
-    text = file.read_text() if file.exists() else ""
+def inside(folder):
+    """Where a hand-in's files are: `mine` was often handed in as a folder in a folder."""
+    while not list(folder.glob("*.py")):
+        within = [f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._"]
+        if len(within) != 1:
+            break
+        folder = within[0]
+    return folder
+
+
+def rows_of(file, is_kept):
+    """The rows of a csv, which is made if it is not there; a last row that was cut off is removed,
+    and so are those that are not kept."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     whole = text[:text.rfind("\n") + 1] or ",".join(FIELDS) + "\n"
     reader = csv.DictReader(io.StringIO(whole))
     if tuple(reader.fieldnames) != FIELDS:
         raise SystemExit(f"{file} has the columns {', '.join(reader.fieldnames)} and not "
                          f"{', '.join(FIELDS)}: is it another file?")
-    if whole != text:
+    rows = list(reader)
+    kept = [row for row in rows if is_kept(row)]
+    if whole != text or kept != rows:
         beside = file.with_name(file.name + ".new")
-        beside.write_text(whole)
+        with beside.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
         beside.replace(file)
-    return list(reader)
+    return kept
 
 
 def main(words):
@@ -115,15 +131,20 @@ def main(words):
     if not students:
         print(f"{options.folder} holds no folder; it should hold one for each student")
         return 2
-    rows = rows_of(options.csv)
+    unknown = set(options.again) - {folder.name for folder in students}
+    if unknown:
+        print(f"--again {unknown.pop()}: {options.folder} holds no such folder")
+        return 2
+    rows = rows_of(options.csv, lambda row: row["student"] not in options.again
+                   or row["exercise"] not in options.mine)
     done = {(row["student"], row["exercise"]) for row in rows}
-    todo = [(folder.name, folder.resolve(), target) for folder in students
+    todo = [(folder.name, inside(folder.resolve()), target) for folder in students
             for target in options.mine if (folder.name, target) not in done]
     print(f"students: {len(students)}; functions to grade: {len(todo)}; rows that {options.csv} "
           f"has already: {len(rows)}")
     os.chdir(ROOT)                          # where pytest finds its settings
     totals, jobs = points.numbers_of_tests(dict.fromkeys(target for *_, target in todo)), []
-    with options.csv.open("a", newline="") as stream:
+    with options.csv.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         try:
             while todo or jobs:
@@ -137,7 +158,8 @@ def main(words):
                         writer.writerow(row)
                         stream.flush()
                         rows.append(row)
-                        print("{student}  {exercise}  {points}/{of}  {reason:.100}".format(**row))
+                        print("{student}  {exercise}  {passed}/{tests}  "
+                              "{reason:.100}".format(**row))
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here")
             return 130
@@ -146,8 +168,8 @@ def main(words):
                 job.process.kill()
     for folder in students:
         own = [row for row in rows if row["student"] == folder.name]
-        print(f"{folder.name}: {sum(int(r['points']) for r in own)} of "
-              f"{sum(int(r['of']) for r in own)} points")
+        print(f"{folder.name}: {sum(int(r['passed']) for r in own)} of "
+              f"{sum(int(r['tests']) for r in own)} tests passed")
     return 0
 
 

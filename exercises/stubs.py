@@ -31,7 +31,7 @@ def test_one_to_many():
 
 
 def source_of(module):
-    return (ROOT / catalogue.path(module)).read_text()
+    return (ROOT / catalogue.path(module)).read_text(encoding="utf-8")
 
 
 def node_of(tree, path):
@@ -153,10 +153,10 @@ def main(folder):
     """Write or complete each file; say in a sentence what was done."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "my_tests.py").exists():
-        (folder / "my_tests.py").write_text(MY_TESTS)
+        (folder / "my_tests.py").write_text(MY_TESTS, encoding="utf-8")
     for module in dict.fromkeys(name.split(".")[0] for name in catalogue.EXERCISES):
         file = folder / f"{module}.py"
-        before = file.read_text() if file.exists() else ""
+        before = file.read_text(encoding="utf-8-sig") if file.exists() else ""
         try:
             after = complete(module, before, "" if folder == HERE else folder)
         except SyntaxError as error:
@@ -165,7 +165,7 @@ def main(folder):
         if after == before:
             print(f"{file} left alone: nothing is missing in it")
         else:
-            file.write_text(after)
+            file.write_text(after, encoding="utf-8")
             print(f"{file} {'completed, what was there is unchanged' if before else 'written'}")
 
 

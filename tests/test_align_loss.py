@@ -76,8 +76,8 @@ def test_a_pair_without_overlap_keeps_a_target_of_a_hundredth_and_ranks_last():
     assert_close(targets, f64(.01 * math.exp(-1 / 1.5), .5))
 
 
-@pytest.mark.parametrize("steps", [3, 1000])
-def test_target_by_definition(steps):
+@pytest.mark.parametrize("steps, tau", [(3, 1.5), (1000, 1.5), (1000, .7)])
+def test_target_by_definition(steps, tau):
     """[Align-DETR Eq. 4-7]  Pair by pair, ranked among those of its object."""
     g = torch.Generator().manual_seed(1)
     s, iou = torch.randint(steps + 1, (2, 15), generator=g).double() / steps
@@ -87,8 +87,8 @@ def test_target_by_definition(steps):
     for i in range(15):
         rivals = [j for j in range(15) if gt_idx[j] == gt_idx[i]]
         rank = sorted(rivals, key=lambda j: (-u[j], j)).index(i)
-        weights.append(math.exp(-rank / 1.5))
-    targets, found = align_loss.ranked_target(s, iou, gt_idx)
+        weights.append(math.exp(-rank / tau))
+    targets, found = align_loss.ranked_target(s, iou, gt_idx, tau)
     assert_close(found, f64(*weights), **EXACT)
     assert_close(targets, f64(*[a * b for a, b in zip(u, weights)]), **EXACT)
 

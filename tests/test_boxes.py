@@ -124,6 +124,17 @@ def test_refine_adds_up():
     assert_close(boxes.refine(ref, torch.zeros_like(ref)), ref, **EXACT)
 
 
+def test_refine_sends_gradient_to_reference_and_delta():
+    """At delta 0 the answer is the reference, and d sigmoid / d logit = r (1 - r).
+
+    The decoders detach references themselves, where they want it.
+    """
+    ref, delta = f64(0.5, 0.25, 0.2, 0.4).requires_grad_(), f64(0, 0, 0, 0).requires_grad_()
+    boxes.refine(ref, delta).sum().backward()
+    assert_close(ref.grad, f64(1, 1, 1, 1))
+    assert_close(delta.grad, f64(1 / 4, 3 / 16, 4 / 25, 6 / 25))
+
+
 @pytest.mark.parametrize("edge", [0.0, 1.0])
 def test_refine_can_leave_the_border(edge):
     ref = torch.tensor([[edge, 0.5, edge, 0.5]])

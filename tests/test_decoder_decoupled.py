@@ -67,6 +67,14 @@ def test_disperse_worked_by_hand():
     assert_close(layer_on_paper().disperse(x, pos), f64(6, 11)[None, :, None], **EXACT)
 
 
+def test_disperse_drops_out_what_it_reads():
+    """With dropout 1 nothing of the 4 and 5 of the case above is left; without training all is."""
+    layer, (x, pos) = layer_on_paper(), (f64(*n)[None, :, None] for n in ((2, 6), (-2, -5)))
+    layer.drop.p = 1.0
+    assert_close(layer.train().disperse(x, pos), x, **EXACT)
+    assert_close(layer.eval().disperse(x, pos), f64(6, 11)[None, :, None], **EXACT)
+
+
 def test_gather_worked_by_hand():
     """[SD Eq. 3]  The class token looks at the second cell, the box token at both; v_loc = 2."""
     x, pos, spatial = (f64(*numbers)[None, :, None] for numbers in ((6, 11), (-2, -5), (1, 0)))

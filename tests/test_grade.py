@@ -96,7 +96,7 @@ def test_a_wrong_answer_gets_the_points_of_the_tests_that_it_passes(tmp_path):
     (tmp_path / "matcher.py").write_text("from detr_min import boxes\n" + mutant.source())
     passed, total, reason = graded(tmp_path, mutant.function, 6)
     assert (passed, total) == (5, 6)
-    assert reason == "Failed: DID NOT RAISE ValueError [test_quality_refuses_logits]"
+    assert reason == "test_quality_refuses_logits: Failed: DID NOT RAISE ValueError"
 
 
 # --- nothing else passes --------------------------------------------------------------------------
@@ -184,10 +184,10 @@ def test_a_class_is_graded_and_goes_on_where_it_stopped(submissions, tmp_path, c
     words = [str(submissions), "--csv", str(file), "--mine", mine, "--jobs", "2"]
     assert grade.main(words) == 0
     found = rows(file)
-    assert {name: (row["points"], row["of"]) for name, row in found.items()} == {
+    assert {name: (row["passed"], row["tests"]) for name, row in found.items()} == {
         "ada": ("6", "6"), "ben": ("0", "6"), "cy": ("0", "6")}
     assert "matcher.py is missing" in found["cy"]["reason"] and not found["ada"]["reason"]
-    assert "ada: 6 of 6 points" in capsys.readouterr().out
+    assert "ada: 6 of 6 tests passed" in capsys.readouterr().out
     text = file.read_text()
     assert grade.main(words) == 0 and file.read_text() == text      # nothing is left to do
     assert "students: 3; functions to grade: 0; rows" in capsys.readouterr().out
@@ -197,8 +197,15 @@ def test_a_class_is_graded_and_goes_on_where_it_stopped(submissions, tmp_path, c
     file.write_text(cut)
     assert grade.main(words) == 0
     assert "functions to grade: 1; rows" in capsys.readouterr().out
-    assert rows(file)["ada"]["points"] == "1", "a row that is there stays"
-    assert rows(file)["cy"]["points"] == "0" and file.read_text().startswith(cut[:cut.rfind("\n")])
+    assert rows(file)["ada"]["passed"] == "1", "a row that is there stays"
+    assert rows(file)["cy"]["passed"] == "0" and file.read_text().startswith(cut[:cut.rfind("\n")])
+    (submissions / "cy" / "mine").mkdir()                       # cy hands in late, one level deeper
+    (submissions / "cy" / "mine" / "matcher.py").write_text(RIGHT)
+    assert grade.main([*words, "--again", "cy"]) == 0
+    assert {name: row["passed"] for name, row in rows(file).items()} == {
+        "ada": "1", "ben": "0", "cy": "6"}
+    assert grade.main([*words, "--again", "dora"]) == 2
+    assert "--again dora: " in capsys.readouterr().out
 
 
 def test_mistakes_end_in_a_sentence(submissions, tmp_path, capsys):

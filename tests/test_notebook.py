@@ -2,10 +2,12 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
 from detr_min import decoder_dac
+from exercises.grading import catalogue
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("notebook", ROOT / "docs" / "notebook.py")
@@ -22,7 +24,7 @@ def text_of(cell):
 
 
 def test_each_step_has_its_question_and_its_worked_examples(made):
-    """Eleven steps; the C-Decoder's code and its case by hand are under step 5, and so on."""
+    """Eleven steps; step 5 has the C-Decoder's case by hand, but not its body, an exercise's."""
     steps, inside = {}, None
     for cell in made["cells"]:
         if text_of(cell).startswith("## "):
@@ -30,14 +32,16 @@ def test_each_step_has_its_question_and_its_worked_examples(made):
         elif inside is not None:
             inside.append(text_of(cell))
     assert list(steps) == list(range(1, 12))
-    assert "show(" in steps[5][0] and "decoder_dac.DACDecoder.c_decoder" in steps[5][0]
+    assert "Exercises: 6 the C-Decoder" in steps[5][0]
+    assert "show(" in steps[5][1] and "decoder_dac.DACDecoder.o_decoder" in steps[5][1]
+    shown = "".join(text for texts in steps.values() for text in texts if "show(" in text)
+    assert not [name for name in catalogue.EXERCISES if re.search(rf"{name}[,)]", shown)]
     assert any("expected in zip(decoder.c_decoder(queries, memory)" in text for text in steps[5])
     for step, name in {1: "test_worked_by_hand", 4: "test_gather_worked_by_hand",
                        6: "test_quality_worked_by_hand", 7: "test_plain_decoder_worked_by_hand",
                        8: "test_split_decoder_worked_by_hand", 9: "test_points_worked_by_hand",
                        10: "test_target_by_hand"}.items():
         assert any(f"::{name}`" in text for text in steps[step]), name
-    assert "Exercises: 6 the C-Decoder" in steps[5][-1]
     assert "**Without self-attention, what do" in "".join(map(text_of, made["cells"]))
 
 

@@ -42,7 +42,7 @@ def ranked_target(scores, ious, gt_idx, tau=1.5):
         ious    IoU  (P,)  of the same layer's box with the object, in [0, 1]
         gt_idx       (P,)  the object of each pair; sorted by query
     Returns:
-        y (P,) in (0, 1] and w (P,) in (0, 1], both without gradient
+        y (P,) in (0, 1] and w (P,) in (0, 1], both without gradient and of the scores' dtype
     """
     quality = tal_loss.aligned_target(scores, ious).clamp(min=0.01)
     weights = torch.exp(-rank_within_object(quality, gt_idx).to(quality.dtype) / tau)

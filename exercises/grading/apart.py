@@ -7,13 +7,15 @@ import builtins
 import collections
 import io
 import multiprocessing
+import sys
 
 import pytest
 import torch
 
 from exercises.grading import catalogue, handin, limits, messages
 
-FORK = multiprocessing.get_context("fork")          # torch is loaded already, and nothing is copied
+# With fork torch is loaded already, and nothing is copied; Windows has none, nor this grading.
+FORK = multiprocessing.get_context("fork" if sys.platform != "win32" else None)
 SECONDS, MEMORY_MB, STARTS = 20, 1024, 3        # for an answer; beyond torch's own; of the process
 LONGEST = 2 ** 28                               # bytes of an answer
 KEPT_CALLS = 1000                               # whose gradients can still be asked for

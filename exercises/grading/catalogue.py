@@ -56,7 +56,8 @@ EXERCISES = {
         1, "return the boxes that the references become when moved by delta", DAC,
         tests_of("test_boxes.py", """test_refine_worked_by_hand
             test_refine_of_a_point_takes_the_size_from_delta_alone test_refine_by_definition
-            test_refine_adds_up test_refine_can_leave_the_border""")),
+            test_refine_adds_up test_refine_sends_gradient_to_reference_and_delta
+            test_refine_can_leave_the_border""")),
     "attention.neighbours": Exercise(
         2, "yield the cell below and the cell above the position, each with its share", DAC,
         tests_of("test_attention.py", """test_neighbours_worked_by_hand
@@ -106,7 +107,7 @@ EXERCISES = {
     "decoder_decoupled.DecoderLayer.disperse": Exercise(
         7, "return what one self-attention over the tokens of both tasks makes of them", SD,
         tests_of("test_decoder_decoupled.py", """test_disperse_worked_by_hand
-            test_disperse_by_definition
+            test_disperse_by_definition test_disperse_drops_out_what_it_reads
             test_tied_branches_and_equal_queries_are_the_plain_decoder
             test_permuting_the_queries_permutes_the_answers[decoupled]
             test_each_task_trains_its_own_branch_of_the_last_layer""")),

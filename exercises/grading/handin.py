@@ -64,6 +64,13 @@ def text_of(path):
             raise pytest.UsageError(f"{shown(path)} is missing, but {shown(inner)} is there: move "
                                     f"what {shown(inner.parent)} holds up into "
                                     f"{shown(path.parent)}.")
+        if not path.parent.is_dir():
+            raise pytest.UsageError(f"there is no folder {shown(path.parent)}")
+        if path.with_suffix(".ipynb").exists():
+            raise pytest.UsageError(f"{shown(path)} is missing; the notebook beside it cannot be "
+                                    f"graded: its functions belong into {path.name}")
+        if archive := next(path.parent.glob("*.zip"), None):
+            raise pytest.UsageError(f"{shown(path)} is missing; {shown(archive)} is to be unpacked")
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "no .py file"
         how = (f"python exercises/bug.py {path.stem[4:]}" if path.stem.startswith("bug_") else
                "python exercises/stubs.py")
@@ -72,7 +79,7 @@ def text_of(path):
     if path.stat().st_size > LONGEST:
         raise pytest.UsageError(f"{shown(path)} has {path.stat().st_size} bytes; is it a program?")
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")             # Notepad writes a mark before it
     except UnicodeDecodeError as error:
         raise pytest.UsageError(f"{shown(path)} is no text in UTF-8: {error.reason} at byte "
                                 f"{error.start}") from None

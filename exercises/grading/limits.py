@@ -10,6 +10,7 @@ import pytest
 
 CPU_SECONDS, FILE_BYTES = 600, 2 ** 20      # of a process of a hand-in; each should end long before
 NOBODY = 65534
+LATE = "an endless loop, or a slow one?"
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def time_limit(seconds, what):
 
     def stop(signum, frame):
         __tracebackhide__ = True
-        pytest.fail(f"{what} did not end within {seconds:g} s: an endless loop, or a slow one?")
+        pytest.fail(f"{what} did not end within {seconds:g} s: {LATE}")
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:

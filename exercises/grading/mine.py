@@ -56,7 +56,8 @@ class Work:
         self.number = 11 if target in bank.BUGS else self.exercise.number
         name = target if target in bank.BUGS else target.split(".")[0]
         self.path = pathlib.Path(folder).resolve() / f"{name}.py"
-        self.passed, self.failed, self.is_stub, self.calls = [], [], False, []
+        self.passed, self.failed, self.calls = [], [], []
+        self.is_stub = self.is_late = False
         self.undo = self.stop = lambda: None
         if is_apart:
             from exercises.grading import apart     # needs Linux or a Mac
@@ -86,6 +87,7 @@ class Grader:
         option = config.option
         self.works, self.skipped, self.session = [], [], None
         self.seconds, self.before = option.seconds, {}
+        self.is_elsewhere = pathlib.Path(option.folder).resolve() != ROOT / "exercises"
         self.most = option.maxfail or 3             # failures of a function; more bury the first
         try:
             for target in dict.fromkeys(option.mine):
@@ -121,7 +123,8 @@ class Grader:
     def pytest_runtest_protocol(self, item, nextitem):
         """A test of functions that are stubs or have failed enough is passed over."""
         owners = [work for work in self.works if work.owns(item.nodeid)]
-        if owners and all(work.is_stub or len(work.failed) >= self.most for work in owners):
+        if owners and all(work.is_stub or work.is_late or len(work.failed) >= self.most
+                          for work in owners):
             item.session._setupstate.teardown_exact(nextitem)
             return True
         self.before = {work.target: len(work.calls) for work in self.works}
@@ -159,6 +162,7 @@ class Grader:
             if report.failed:
                 work.failed.append(report.nodeid)
                 work.is_stub |= "NotImplementedError: exercise" in report.longreprtext
+                work.is_late |= limits.LATE in report.longreprtext
             elif report.passed and report.when == "call":
                 work.passed.append(report.nodeid)
 
@@ -182,7 +186,9 @@ class Grader:
                   f"{len(work.passed)} passed, {len(work.failed)} failed, "
                   f"calls: {len(work.calls)}")
             if work.is_stub:
-                write("It is still the stub: write its body, then run this again.")
+                elsewhere = "" if self.is_elsewhere else (
+                    " If your work is in another folder, add --folder=FOLDER.")
+                write(f"It is still the stub: write its body, then run this again.{elsewhere}")
             elif work.failed:
                 by_hand = ": its comments do the arithmetic" * ("by_hand" in work.failed[0])
                 write(f"Begin with {work.failed[0]}{by_hand}.")
