@@ -5,7 +5,7 @@ module that decides where to look. Everything from `ms_deform_attn` on computes 
 faster on a CPU; skip it on a first reading. Read `boxes.py` before and `backbone.py` after.
 
 The file needs only torch and scipy. Copied into another project, `ms_deform_attn` replaces the
-function that Deformable-DETR, mmcv and transformers share.
+pure PyTorch function of Deformable-DETR and mmcv, with the same arguments.
 """
 import math
 import warnings

@@ -53,6 +53,7 @@ class ConvNetStride8(ConvNet):
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 without its classifier; BatchNorm, stem and stage 1 stay frozen."""
 
+    reads_padding = True                        # of a batch, as published: see padded_batch
     dilation = False, False, False              # in place of the stride, in stages 2 to 4
 
     def __init__(self):

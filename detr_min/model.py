@@ -20,7 +20,7 @@ class Detector(nn.Module):
     """Turn images into predictions, one per decoder layer."""
 
     def __init__(self, backbone, projections, encoder, queries, decoder, on_batch):
-        """on_batch: backbone.per_image for ConvNet, padded_batch for ResNet-50 and Swin"""
+        """on_batch: backbone.per_image, or padded_batch for ResNet-50 and Swin, as published"""
         super().__init__()
         self.backbone, self.projections = backbone, projections
         self.encoder, self.queries, self.decoder = encoder, queries, decoder

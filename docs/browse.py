@@ -79,7 +79,7 @@ def reading_order():
     for folder in FOLDERS:
         tree = ast.parse((PACKAGE / folder / "__init__.py").read_text())
         listed = re.search(r"\n\n((?:    .+\n)+)", ast.get_docstring(tree, clean=False)).group(1)
-        found |= {name: PACKAGE / folder / f"{name}.py"         # "(DAC-DETR)" is no file
+        found |= {name: PACKAGE / folder / f"{name}.py"         # "(DAC-DETR)" is not a file
                   for name in re.sub(r"\(.*?\)", "", listed).split()}
     return found | {name: ROOT / f"{name}.py" for name in PROGRAMS}
 

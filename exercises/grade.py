@@ -82,11 +82,11 @@ def parse(words):
     known = [*catalogue.EXERCISES, *bank.BUGS]
     for target in options.mine:
         if target not in known:
-            parser.error(f"--mine {target} is no exercise. There are: {', '.join(known)}")
+            parser.error(f"--mine {target} is not an exercise. There are: {', '.join(known)}")
     if options.jobs < 1 or options.seconds <= 0 or options.memory <= 0:
         parser.error("--jobs, --seconds and --memory are above 0")
     if not options.folder.is_dir():
-        parser.error(f"{options.folder} is no folder; it should hold a folder for each student")
+        parser.error(f"{options.folder} is not a folder; it should hold a folder for each student")
     if not sys.platform.startswith("linux"):
         parser.error("the limits of time and memory need Linux: use a virtual machine or WSL")
     options.mine = options.mine or list(catalogue.EXERCISES)

@@ -22,8 +22,8 @@ def points_to_query(features, points, ref_boxes):
     Returns:
         content (P, D), position (P, D)
     [SD Fig. 3] draws a content and a position for each task; bilinear reading and the mean are from
-    a reader's published note on the paper. Reading F_R rather than the full map, and the mean of
-    embeddings rather than the embedding of a mean, are our choice.
+    a reader's note on the web (docs/differences.md 21). Reading F_R rather than the full map, and
+    the mean of embeddings rather than the embedding of a mean, are our choice.
     """
     raise NotImplementedError(
         "exercise 8, query_gen.points_to_query: "

@@ -13,7 +13,7 @@ def aligned_target(scores, ious, alpha=0.25, beta=0.75):
 
     With alpha + beta = 1, as here, t = s exactly where s = u: the score is drawn to the IoU, and
     s^alpha only makes the climb gradual. The paper prints the formula. The values of alpha, of beta
-    and of gamma below come from a reader's published note on the paper.
+    and of gamma below come from a reader's note on the web (docs/differences.md 21).
 
     Args:
         scores  s  (P,)  probability of the object's class, in [0, 1]

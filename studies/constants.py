@@ -3,7 +3,8 @@
     python -m studies.constants matcher.one_to_many.k=1 --preset shapes
 
 A constant is the default of a function's argument: detr_min's module, the function, the argument.
-Several stand one behind the other. No checkpoint holds them: a resumed run needs them again.
+Several stand one behind the other. No checkpoint holds them: a resumed run needs them again. They
+reach only what the model calls: --model dac_release has a one-to-many rule of its own.
 """
 import inspect
 import pkgutil
@@ -19,7 +20,7 @@ def put(word):
     Args:
         word  `matcher.one_to_many.k=1`
     Raises:
-        ValueError: there is no such argument, or it has no default, or the value is no number
+        ValueError: there is no such argument, or it has no default, or the value is not a number
     """
     place, _, value = word.partition("=")
     path, _, argument = place.rpartition(".")
@@ -36,7 +37,15 @@ def put(word):
 
 
 if __name__ == "__main__":
+    words = []
     with ending.in_a_sentence("studies.constants"):
         while sys.argv[1:] and not sys.argv[1].startswith("-"):
-            put(sys.argv.pop(1))
-        train.main()
+            words.append(sys.argv.pop(1))
+            put(words[-1])
+        try:
+            train.main()
+        except SystemExit as stop:
+            if words and stop.code in (0, 130) and not {"-h", "--help"} & {*sys.argv}:
+                print(f"With the same constants: python -m studies.constants {' '.join(words)} "
+                      "--resume, and the folder")
+            raise

@@ -85,8 +85,8 @@ def test_every_layer_answers_as_transformers_does(variant):
     assert len(answer.o_decoder) == LAYERS
     for ours_of_layer, theirs_of_layer in zip(answer.o_decoder, predictions):
         assert_close(ours_of_layer, theirs_of_layer, **CLOSE)
-    memory = ours.encoder(*ours.read(torch.nn.Sequential(ours.backbone, ours.projections), images,
-                                     is_pad))
+    network = torch.nn.Sequential(ours.backbone, ours.projections)
+    memory = ours.encoder(*ours.on_batch(network, images, is_pad))
     on_image = ~memory.is_pad
     assert 0 < memory.is_pad.sum() < on_image.sum()
     theirs_there = out.encoder_last_hidden_state[on_image]

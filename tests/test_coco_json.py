@@ -70,9 +70,9 @@ def test_broken_json_is_refused_in_one_sentence(tmp_path, case):
     ({"images": [{"id": 1, "file_name": "\ud800.png", "width": 1, "height": 1}]},
      r"file_name '\\ud800.png', which holds half a character: written in another"),
     ({"categories": [{"id": 1, "name": "\udfff"}]}, r"name '\\udfff', which holds half a char"),
-    ({"categories": [{"id": 1, "name": [[[[[[[[]]]]]]]]}]}, "has the name .* which is no str"),
+    ({"categories": [{"id": 1, "name": [[[[[[[[]]]]]]]]}]}, "has the name .* is not of type str"),
     ({"images": [{"id": 1, "file_name": "a", "width": 9.0, "height": 9}]},
-     "one of images has the width 9.0, which is no int"),
+     "one of images has the width 9.0, which is not of type int"),
     ({"image_id": "1"}, "no image with id '1': .* written as text"),
     ({"category_id": {}}, "no category with id {}")])
 def test_entries_that_would_go_wrong_later_are_refused(change, sentence):

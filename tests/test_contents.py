@@ -279,6 +279,14 @@ if hasattr(os, "mkfifo"):
     BYTES["pipe"] = lambda good, path: os.mkfifo(path)
 
 
+def test_a_whole_model_is_refused_by_its_name(tmp_path):
+    """As torch.save(model) writes it: a pickled object, whose class would have to be run."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="without running code: it holds torch.nn.modules."
+                                         "linear.Linear. Save the model's state_dict"):
+        contents.open_file(tmp_path)
+
+
 @pytest.mark.parametrize("name, door", [
     pytest.param(name, door, marks=[pytest.mark.slow] * (door != ALL[0]))
     for name in BYTES for door in ALL])

@@ -25,7 +25,7 @@ def test_target_worked_by_hand(tmp_path):
     picture, target = ds[0]
     # dog, id 7 -> label 1: x 6..36 of 60, y 4..24 of 40: centre (.35, .35), size (.5, .5)
     # cat, id 3 -> label 0: x 30..45, y 10..30: centre (.625, .5), size (.25, .5)
-    # the crowd of cats is no target
+    # the crowd of cats is not a target
     assert_close(target.labels, torch.tensor([1, 0]))
     assert_close(target.boxes, torch.tensor([[0.35, 0.35, 0.5, 0.5], [0.625, 0.5, 0.25, 0.5]]))
     assert (target.image_id, target.size_px) == (11, (40, 60))

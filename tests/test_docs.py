@@ -256,8 +256,8 @@ def test_every_idea_builds_and_trains(with_ideas):
         from detr_min.data import batches, dataset, transforms
         from detr_min.run import config, registry
         data = dataset.open_shapes("train", transforms.resize(64, 64), 2, size_px=64)
-        for model in ("dac", "late"):
-            cfg = config.preset("shapes", model=model, size=64, **{TINY!r})
+        for model, loss in ("dac", "focal"), ("late", "focal"), ("dac", "varifocal"):
+            cfg = config.preset("shapes", model=model, loss=loss, size=64, **{TINY!r})
             detector, training = registry.build(cfg), registry.training(cfg)
             images, is_pad, targets = batches.collate([data[0], data[1]])
             objects = sum(len(target.labels) for target in targets)
@@ -267,7 +267,15 @@ def test_every_idea_builds_and_trains(with_ideas):
             before = [p.clone() for p in detector.parameters()]
             torch.optim.AdamW(detector.parameters()).step()
             assert any((p != q).any() for p, q in zip(before, detector.parameters()))
-            if model == "dac":
+            if loss == "varifocal":         # at logit 0: .5 of ln 2 for an IoU of .5, .75 * .5^2
+                layer = criterion.boxes.Predictions(torch.zeros(1, 2, 1, dtype=torch.float64),
+                                                    torch.tensor([[[.5, .5, .4, .4]] * 2]).double())
+                one, half = torch.tensor([0]), torch.tensor([[.5, .5, .4, .2]]).double()
+                pairs = criterion.Pairs(one, one, one, one, half)
+                found = criterion.varifocal_loss(layer, pairs)[0]
+                expected = (.5 + .75 * .25) * torch.log(torch.tensor(2.).double())
+                torch.testing.assert_close(found, expected)
+            elif model == "dac":
                 assert detector.decoder.c_gates.grad.abs().min() > 0
                 assert parts["C"].pairs == 3 * parts["O"].pairs == 3 * objects
             else:

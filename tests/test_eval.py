@@ -107,7 +107,7 @@ def test_photos_of_any_kind_are_drawn_and_listed(run, tmp_path, capsys):
         x1, y1, x2, y2 = row["box_xyxy"]
         assert 0 <= x1 <= x2 <= 90 and 0 <= y1 <= y2 <= 60 and row["label"] in shapes.CLASSES
     said = capsys.readouterr().err
-    assert "notes.txt is no readable picture" in said
+    assert "notes.txt is not a readable picture" in said
     assert f"{tmp_path}: subfolders, which were not searched: 1" in said
 
 
@@ -202,7 +202,7 @@ def test_mistakes_are_told_in_a_sentence(words, message, capsys):
 
 
 def test_a_published_file_needs_to_be_told_its_data(tmp_path):
-    """It is no run on shapes, so its own validation set cannot be tested again."""
+    """It is not a run on shapes, so its own validation set cannot be tested again."""
     sizes = dict(d_model=32, num_heads=4, d_ffn=32, encoder_layers=1, decoder_layers=1,
                  num_queries=5, backbone="convnet", num_classes=91)
     cfg = config.preset("paper_r50", **sizes)               # as checkpoints.convert makes it

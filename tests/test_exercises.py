@@ -423,7 +423,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_fault(tmp_path):
 
 def test_mistakes_of_the_command_line_end_in_a_sentence(tmp_path):
     says = refusal("matcher.match_qualty", tmp_path)
-    assert "--mine matcher.match_qualty is no exercise. Did you mean matcher.match_quality?" in says
+    assert "matcher.match_qualty is not an exercise. Did you mean matcher.match_quality?" in says
     assert all(name in says for name in [*FUNCTIONS, *bank.BUGS])
     (tmp_path / "boxes.py").write_text("x = 1\n")
     says = refusal("matcher.match_quality", tmp_path)
@@ -451,7 +451,7 @@ def test_mistakes_of_the_command_line_end_in_a_sentence(tmp_path):
     assert "mine.zip is to be unpacked" in refusal("align_loss.ranked_target", tmp_path)
     assert "has no DACDecoder.c_decoder" in refusal("decoder_dac.DACDecoder.c_decoder", tmp_path)
     status, _, text = grade("nonsense", tmp_path)
-    assert status == pytest.ExitCode.USAGE_ERROR and "nonsense is no exercise" in text
+    assert status == pytest.ExitCode.USAGE_ERROR and "nonsense is not an exercise" in text
 
 
 # --- tests that are graded by mutants [exercise 12] -----------------------------------------------

@@ -211,8 +211,8 @@ def test_a_class_is_graded_and_goes_on_where_it_stopped(submissions, tmp_path, c
 def test_mistakes_end_in_a_sentence(submissions, tmp_path, capsys):
     file = tmp_path / "points.csv"
     for words, says in [
-            ([str(tmp_path / "nowhere"), "--csv", str(file)], "is no folder"),
-            ([str(submissions), "--csv", str(file), "--mine", "matcher.x"], "matcher.x is no exer"),
+            ([str(tmp_path / "nowhere"), "--csv", str(file)], "is not a folder"),
+            ([str(submissions), "--csv", str(file), "--mine", "matcher.x"], "matcher.x is not a"),
             ([str(submissions), "--csv", str(file), "--jobs", "0"], "are above 0")]:
         with pytest.raises(SystemExit) as error:
             grade.main(words)

@@ -1,5 +1,6 @@
 """log.jsonl: means over steps, and no line of a future that a crash undid."""
 import json
+import math
 
 import pytest
 import torch
@@ -102,6 +103,9 @@ def test_a_line_for_people():
         "step 40 | loss 12.00 = O (cls 1.00 + l1 2.00 + giou 3.00) + C (cls 1.00 + l1 2.00 + giou "
         "3.00) + encoder (cls 1.00 + l1 2.00 + giou 3.00) | objects 7.0, queries matched O 7.0 / C "
         "31.5 | 123 ms")
+    assert "+ mine (cls 1.00 + l1 2.00" in logfile.describe({**line, "mine": terms})
+    torn = {"step": 4, "mine": {**terms, "cls": math.nan}}
+    assert logfile.step_of(json.dumps(torn)) == math.inf
 
 
 @pytest.mark.parametrize("scores, best, says", [

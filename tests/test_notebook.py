@@ -66,4 +66,4 @@ def test_every_cell_runs(made, monkeypatch, capsys):
     for cell in made["cells"]:
         if cell["cell_type"] == "code":
             exec(compile(text_of(cell), cell["id"], "exec"), names)
-    assert names["decoder_dac"] is decoder_dac and "[DAC Eq. 3]" in capsys.readouterr().out
+    assert names["decoder_dac"] is decoder_dac and "[DAC Eq. 2]" in capsys.readouterr().out

@@ -176,14 +176,15 @@ def test_supervision_makes_detections_of_it(detector):
 # --- what is refused ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("picture, sentence", [
-    (torch.rand(3, 8, 8), "(3, 8, 8) of torch.float32 is no picture: uint8 (3, h, w) is expected"),
-    (torch.zeros(8, 8, 3, dtype=torch.uint8), "(8, 8, 3) of torch.uint8 is no picture"),
-    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "(1, 3, 8, 8) of torch.uint8 is no picture"),
-    (np.zeros((8, 8, 3)), "(8, 8, 3) of float64 is no picture: uint8 (h, w, 3) is expected"),
-    (np.zeros((3, 8, 9), np.uint8), "(3, 8, 9) of uint8 is no picture"),
-    (np.zeros((8, 8, 1), np.uint8), "(8, 8, 1) of uint8 is no picture"),
-    (np.zeros(8, np.uint8), "(8,) of uint8 is no picture"),
-    (None, "NoneType is no picture: a path, a PIL image"), (5, "int is no picture"),
+    (torch.rand(3, 8, 8),
+     "(3, 8, 8) of torch.float32 is not a picture: uint8 (3, h, w) is expected"),
+    (torch.zeros(8, 8, 3, dtype=torch.uint8), "(8, 8, 3) of torch.uint8 is not a picture"),
+    (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "(1, 3, 8, 8) of torch.uint8 is not a picture"),
+    (np.zeros((8, 8, 3)), "(8, 8, 3) of float64 is not a picture: uint8 (h, w, 3) is expected"),
+    (np.zeros((3, 8, 9), np.uint8), "(3, 8, 9) of uint8 is not a picture"),
+    (np.zeros((8, 8, 1), np.uint8), "(8, 8, 1) of uint8 is not a picture"),
+    (np.zeros(8, np.uint8), "(8,) of uint8 is not a picture"),
+    (None, "NoneType is not a picture: a path, a PIL image"), (5, "int is not a picture"),
     ("nowhere.jpg", "nowhere.jpg: there is no such file")])
 def test_what_is_no_picture_is_refused_in_a_sentence(detector, picture, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
@@ -195,7 +196,7 @@ def test_an_unreadable_file_is_named(detector, tmp_path):
     Image.fromarray(pixels()).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
     for name in ("text.jpg", "cut.png"):
-        with pytest.raises(ValueError, match=f"{name} is no readable picture"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable picture"):
             detector.detect(tmp_path / name)
 
 

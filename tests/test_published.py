@@ -365,22 +365,23 @@ STRANGE = {             # what a file holds, given a good state dict; what the s
     "ours, model None": (lambda good: {**OURS, "model": None}, "lacks model: an incomplete"),
     "ours, config None": (lambda good: {**OURS, "config": None}, "lacks config: an incomplete"),
     "state None": (lambda good: {"model": {**good, "class_embed.0.weight": None}},
-                   "1 no tensor .class_embed.0.weight"),
+                   "1 not a tensor .class_embed.0.weight"),
     "state number": (lambda good: {**good, "transformer.level_embed": 3.},
-                     "1 no tensor .transformer.level_embed"),
-    "state index": (lambda good: {**good, TABLE.replace("bias_table", "index"): 3.}, "1 no tensor"),
+                     "1 not a tensor .transformer.level_embed"),
+    "state index": (lambda good: {**good, TABLE.replace("bias_table", "index"): 3.},
+                    "1 not a tensor"),
     "key number": (lambda good: {**good, 7: torch.ones(2)}, "1 left over .7"),
     "table 1-d": (lambda good: {**good, TABLE: torch.ones(25)}, re.escape(f"{TABLE} [25]")),
     "bias 0-d": (lambda good: {**good, "class_embed.0.bias": torch.tensor(1.)},
-                 r"class_embed.0.bias \[\] tells sizes"),
+                 r"read off class_embed.0.bias \[\]"),
     "weight 0-d": (lambda good: {**good, "class_embed.1.weight": torch.tensor(1.)},
                    r"of another shape .class_embed.1.weight \[\], not \[91, 32\]"),
     "no levels": (lambda good: {**good, "transformer.level_embed": torch.ones(0, D)},
-                  "tells sizes, but is missing or odd"),
+                  "is missing or has other dimensions"),
     "heads None": (lambda good: {"model": good, "args": argparse.Namespace(nheads=None)},
                    "nheads=None in its args"),
     "heads 0": (lambda good: {"model": good, "args": {"nheads": 0}}, "nheads=0 in its args"),
-    "heads 7": (lambda good: {"model": good, "args": {"nheads": 7}}, "no complete checkpoint"),
+    "heads 7": (lambda good: {"model": good, "args": {"nheads": 7}}, "not a complete checkpoint"),
     "heads str": (lambda good: {"model": good, "args": {"nheads": "8"}}, "nheads=8 in its args"),
 }
 OURS = {"format": contents.FORMAT, "config": {}, "categories": [], "model": {}, "optimizer": {},
@@ -447,7 +448,7 @@ def test_the_namespace_in_a_file_is_let_through_and_nothing_else(tmp_path):
 def test_a_refused_file_is_named(tmp_path):
     state = random_state(key_table("dac"))
     del state["class_embed.1.bias"]
-    with pytest.raises(ValueError, match=r"release.pth is no complete.*1 missing .class_embed.1"):
+    with pytest.raises(ValueError, match=r"is not a complete.*1 missing .class_embed.1"):
         checkpoints.load_model(save(tmp_path / "release.pth", state))
 
 

@@ -1,9 +1,12 @@
 """What the words of a config stand for: classes, inputs and losses."""
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_min import boxes, criterion, decoder_dac, decoder_decoupled, model, query_gen
+from detr_min import backbone, boxes, criterion, decoder_dac, decoder_decoupled, model, query_gen
 from detr_min.data import dataset
 from detr_min.release import align_loss, dac_release, denoising
 from detr_min.run import config, registry
@@ -40,6 +43,23 @@ def test_every_name_of_a_table_is_accepted_by_its_flag(base):
         for word in table[base]:
             assert getattr(config.preset(preset, **{name: word}), name) == word
         assert set(table[base]) <= set(registry.names(table))
+
+
+def test_a_backbone_of_ones_own_runs_on_each_picture_alone(monkeypatch):
+    """Only published networks read the padding of a batch, and let its cells become queries."""
+    monkeypatch.setitem(registry.BACKBONES["deformable"], "mine", lambda r: backbone.ConvNet(8))
+    for name, on_batch in ("mine", backbone.per_image), ("resnet50", backbone.padded_batch):
+        detector = registry.build(dataclasses.replace(a_config(), backbone=name))
+        assert detector.on_batch is on_batch
+        assert bool(detector.queries.mini_detector._forward_pre_hooks) == (name == "resnet50")
+
+
+def test_a_detector_with_dropout_can_be_pickled():
+    detector = registry.build(a_config(backbone="resnet50", dropout=0.1)).eval()
+    images, is_pad, _ = two_pictures()
+    again = pickle.loads(pickle.dumps(detector))
+    assert torch.equal(again(images, is_pad).o_decoder[-1].boxes,
+                       detector(images, is_pad).o_decoder[-1].boxes)
 
 
 def test_names_lists_each_once():

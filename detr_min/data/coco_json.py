@@ -100,7 +100,7 @@ def fields_fault(data):
             value = entry.get(key)
             if type(value) is not kind:
                 what = (f"has no {key}" if value is None else
-                        f"has the {key} {SHORT.repr(value)}, which is no {kind.__name__}")
+                        f"has the {key} {SHORT.repr(value)}, which is not of type {kind.__name__}")
                 return f"one of {name} {what}: {SHORT.repr(entry)}"
             if kind is int and not is_number(value, MOST_ID):
                 return f"one of {name} has the {key} {SHORT.repr(value)}, which is beyond 2^53"

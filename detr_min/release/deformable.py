@@ -3,6 +3,8 @@
 [Deformable DETR Sec. 4.1, App. A.4]. Its weights load into these, and its rows of the papers'
 tables are trained with them. Read `proposals.py` and `decoder_dac.py` before.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,11 +115,13 @@ def propose_padding(mini_detector):
 
     They count as cells at the rim of the picture, with box (1, 1, 1, 1).
     """
-    def without_mask(part, inputs):
-        [memory] = inputs
-        return memory._replace(is_pad=torch.zeros_like(memory.is_pad)),
-
     mini_detector.register_forward_pre_hook(without_mask)
+
+
+def without_mask(part, inputs):
+    """For a part's only input, a Memory: the same, without padding."""
+    [memory] = inputs
+    return memory._replace(is_pad=torch.zeros_like(memory.is_pad)),
 
 
 def add_dropout(detector, share):
@@ -126,16 +130,18 @@ def add_dropout(detector, share):
     As in Deformable DETR's code: after every attention, after the FFN and after its ReLU, and of
     the weights of self-attention. No parameter is added or renamed.
     """
-    def drop(part, inputs, output):
-        if isinstance(output, tuple):                           # nn.MultiheadAttention
-            return F.dropout(output[0], share, part.training), output[1]
-        return F.dropout(output, share, part.training)
-
     for name, part in [*detector.encoder.named_modules(), *detector.decoder.named_modules()]:
         if name.endswith((".attn", ".self_attn", ".cross_attn", ".ffn", ".ffn.1")):
-            part.register_forward_hook(drop)
+            part.register_forward_hook(functools.partial(drop, share))
         if isinstance(part, nn.MultiheadAttention):
             part.dropout = share
+
+
+def drop(share, part, inputs, output):
+    """For the output of a part: the same with dropout, in training."""
+    if isinstance(output, tuple):                               # nn.MultiheadAttention
+        return F.dropout(output[0], share, part.training), output[1]
+    return F.dropout(output, share, part.training)
 
 
 def start_as_published(detector):

@@ -53,18 +53,22 @@ decoder.box_heads.{l}.4                 bbox_embed.{l}.layers.2
 COPIES = r"transformer\.decoder\.(class|bbox)_embed\."      # of the same names without this start
 NOT_TAKEN = r"label_enc\.weight|backbone\.0\.body\..*\.num_batches_tracked"     # served training
 DROP_PATH = 0.2         # of Swin-L, for training on
-INCOMPLETE = "no complete checkpoint of DAC-DETR, Deformable DETR or Conditional DETR"
+INCOMPLETE = "not a complete checkpoint of DAC-DETR, Deformable DETR or Conditional DETR"
 
 
 def state_of(content):
-    """The state dict that a file's content is, or holds as "model"; {} if it is no dict."""
+    """The state dict that a file's content is, or holds as "model"; {} if it is not a dict.
+
+    Without "module.", with which DistributedDataParallel begins each name.
+    """
     state = content.get("model", content) if isinstance(content, dict) else {}
-    return state if isinstance(state, dict) else {}
+    return ({str(key).removeprefix("module."): value for key, value in state.items()}
+            if isinstance(state, dict) else {})
 
 
 def recognises(content):
     """Whether a file's content is, or holds as "model", a state dict of this family."""
-    return any(str(key).startswith("transformer.encoder.layers.") for key in state_of(content))
+    return any(key.startswith("transformer.encoder.layers.") for key in state_of(content))
 
 
 def their_name(name, last, table=NAMES):
@@ -176,10 +180,10 @@ def tensors_of(content):
     Raises:
         ValueError: something in the state dict is no tensor
     """
-    theirs = {str(key): value for key, value in state_of(content).items()}
+    theirs = state_of(content)
     odd = [key for key, value in theirs.items() if not isinstance(value, torch.Tensor)]
     if odd:
-        raise ValueError(f"{INCOMPLETE}: {len(odd)} no tensor ({', '.join(odd[:20])})")
+        raise ValueError(f"{INCOMPLETE}: {len(odd)} not a tensor ({', '.join(odd[:20])})")
     return {key: tensor.flatten() if key.endswith(".relative_position_index") else tensor
             for key, tensor in theirs.items()}
 

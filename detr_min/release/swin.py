@@ -100,6 +100,8 @@ class Swin(nn.Module):
     same gradients in a fraction of the memory.
     """
 
+    reads_padding = True                # of a batch, as published: see backbone.padded_batch
+
     def __init__(self, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12,
                  drop_path=0.2):
         super().__init__()

@@ -114,8 +114,8 @@ def convert(content, dc5=False):
         own = layout(cfg)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError
             ) as error:                                 # of a network that cannot be
-        raise ValueError(f"{published.INCOMPLETE}: {error} tells sizes, but is missing or odd"
-                         ) from error
+        raise ValueError(f"{published.INCOMPLETE}: the model's sizes are read off {error}, which "
+                         "is missing or has other dimensions") from error
     table = published_conditional.NAMES if is_conditional else published.NAMES
     state = published.renamed(theirs, own, cfg.recipe.decoder_layers, table)
     return cfg, published.categories(cfg.recipe.num_classes), state
@@ -153,7 +153,7 @@ def objectness(state, own):
 
 
 def init_from(detector, categories, path):
-    """Fill in what of a checkpoint fits another detector.
+    """Copy the tensors of a checkpoint that fit another detector.
 
     Class heads and label embeddings are for the same classes only. But row 0 of the encoder's class
     head says where any object is, and picks the queries: it is taken whatever the classes are.

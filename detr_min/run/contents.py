@@ -4,6 +4,7 @@ Each check of a part returns the first fault it finds, in words, or None. Read a
 """
 import argparse
 import pathlib
+import re
 import zipfile
 
 import torch
@@ -30,7 +31,7 @@ def find(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: a run folder or a .pt file is expected")
     if not path.is_file():
-        raise ValueError(f"{path} is no file but a folder, a pipe or a device")
+        raise ValueError(f"{path} is not a file but a folder, a pipe or a device")
     return path
 
 
@@ -55,6 +56,9 @@ def open_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                          # torch raises many kinds on strange bytes
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{path} cannot be read without running code: it holds {found[1]}. "
+                             "Save the model's state_dict() alone") from None
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): a "
                          "broken or half-copied file, or one not made by torch.save") from error
 
@@ -90,7 +94,7 @@ def categories_fault(categories, num_classes):
 def tensor_fault(tensor, like):
     """It is a tensor of finite numbers, of the same shape and type as another."""
     if type(tensor) is not torch.Tensor:
-        return f"is no tensor but {type(tensor).__name__}"
+        return f"is not a tensor but {type(tensor).__name__}"
     if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
         return f"is {[*tensor.shape]} of {tensor.dtype}, not {[*like.shape]} of {like.dtype}"
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():

@@ -7,16 +7,21 @@ import time
 import torch
 from tqdm import tqdm
 
-PARTS = "O", "C", "encoder", "O_denoising", "C_denoising"
 TERMS = "cls", "l1", "giou"
 SCORES = "AP", "AP50", "AP75"
 RISE = 0.01                         # of AP; a smaller one may be chance
 
 
+def parts_of(line):
+    """The names of a line's parts of the loss, in the order in which they are added."""
+    return [name for name, value in line.items()
+            if name != "val" and (isinstance(value, dict) or name == "O")]
+
+
 def describe(line):
     """One line of log.jsonl for people: what the loss is made of, what each decoder matched."""
     sums = [f"{name} ({' + '.join(f'{term} {line[name][term]:.2f}' for term in TERMS)})"
-            for name in PARTS if name in line]
+            for name in parts_of(line)]
     pairs = [f"{name} {line[name]['pairs']:.1f}" for name in ("O", "C") if name in line]
     return (f"step {line['step']} | loss {line['loss']:.2f} = {' + '.join(sums)} | objects "
             f"{line['objects']:.1f}, queries matched {' / '.join(pairs)} | {line['ms']:.0f} ms")
@@ -26,7 +31,7 @@ def step_of(line):
     """The step of a line of log.jsonl; of one torn by a crash, or edited by hand, infinity."""
     try:
         line = json.loads(line)
-        numbers = [line[name][term] for name in PARTS if name in line for term in TERMS]
+        numbers = [line[name][term] for name in parts_of(line) for term in TERMS]
         numbers += [line["val"][name] or 0 for name in SCORES if "val" in line]
         is_whole = type(line["step"]) is int and all(
             math.isfinite(number) for number in (*numbers, line.get("loss", 0)))

@@ -23,19 +23,19 @@ def read(picture):
     """
     if isinstance(picture, torch.Tensor):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
-            raise ValueError(f"a tensor {tuple(picture.shape)} of {picture.dtype} is no picture: "
-                             "uint8 (3, h, w) is expected, RGB in 0..255")
+            raise ValueError(f"a tensor {tuple(picture.shape)} of {picture.dtype} is not a picture:"
+                             " uint8 (3, h, w) is expected, RGB in 0..255")
         return picture.cpu()
     if isinstance(picture, np.ndarray):
         channels = picture.shape[2:]                        # () of a gray picture
         if picture.dtype != np.uint8 or picture.ndim < 2 or channels not in ((), (3,), (4,)):
-            raise ValueError(f"an array {picture.shape} of {picture.dtype} is no picture: uint8 "
+            raise ValueError(f"an array {picture.shape} of {picture.dtype} is not a picture: uint8 "
                              "(h, w, 3) is expected, RGB in 0..255")
         picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return functional.pil_to_tensor(coco_folder.to_rgb(ImageOps.exif_transpose(picture)))
     if not isinstance(picture, (str, pathlib.Path)):
-        raise ValueError(f"{type(picture).__name__} is no picture: a path, a PIL image, a uint8 "
+        raise ValueError(f"{type(picture).__name__} is not a picture: a path, a PIL image, a uint8 "
                          "array or a uint8 tensor is expected")
     if not pathlib.Path(picture).is_file():
         raise FileNotFoundError(f"{picture}: there is no such file")
@@ -43,7 +43,7 @@ def read(picture):
         with Image.open(picture) as file:
             return functional.pil_to_tensor(coco_folder.to_rgb(ImageOps.exif_transpose(file)))
     except Exception as error:                              # Pillow raises many kinds
-        raise ValueError(f"{picture} is no readable picture ({error})") from error
+        raise ValueError(f"{picture} is not a readable picture ({error})") from error
 
 
 class Predictor:

@@ -1,6 +1,6 @@
 """What the names in a config stand for: the one place where a name becomes a class or a function.
 
-A new decoder, query or loss is one line in a table here. Read after the papers' files.
+A new decoder, query, backbone or loss is one line in a table here. Read after the papers' files.
 """
 import functools
 from typing import Callable, NamedTuple
@@ -75,9 +75,9 @@ def build(cfg):
     return {"deformable": build_deformable, "conditional": build_conditional}[cfg.recipe.base](cfg)
 
 
-def on_batch(cfg):
-    """Find how a backbone runs on a padded batch: ours on each image alone, others as published."""
-    return backbone.per_image if cfg.backbone == "convnet" else backbone.padded_batch
+def on_batch(body):
+    """Find how a backbone runs on a padded batch: on each image alone, published ones on all."""
+    return backbone.padded_batch if hasattr(body, "reads_padding") else backbone.per_image
 
 
 def build_deformable(cfg):
@@ -88,10 +88,10 @@ def build_deformable(cfg):
     decoder = DECODERS["deformable"][cfg.model](r.decoder_layers, *sizes, r.num_classes)
     queries = QUERIES["deformable"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
                                                  getattr(decoder, "num_sets", 1))
-    if cfg.backbone != "convnet" and hasattr(queries, "mini_detector"):
+    if hasattr(body, "reads_padding") and hasattr(queries, "mini_detector"):
         deformable.propose_padding(queries.mini_detector)
     parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
-             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, on_batch(cfg))
+             encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, on_batch(body))
     detector = (denoising.DenoisingDetector(*parts, num_classes=r.num_classes, d_model=r.d_model)
                 if cfg.dn_number else model.Detector(*parts))
     if r.start == "published":
@@ -118,7 +118,7 @@ def build_conditional(cfg):
     return model.Detector(
         body, encoder_conditional.Projection(body.channels, r.d_model),
         encoder_conditional.Encoder(r.encoder_layers, *sizes, r.dropout), queries, decoder,
-        on_batch(cfg))
+        on_batch(body))
 
 
 class Training(NamedTuple):

@@ -26,7 +26,7 @@ def encode(header, tensors):
 
 
 def decode(message):
-    """-> header, tensors; any error if it is no message"""
+    """-> header, tensors; any error if it is not a message"""
     start = 8 + int.from_bytes(message[:8], "big")
     header, tensors = json.loads(message[8:start]), []
     for name, shape in header.pop("tensors"):

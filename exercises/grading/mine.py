@@ -48,7 +48,7 @@ class Work:
         if target not in known:
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise pytest.UsageError(f"--mine {target} is no exercise.{hint} There are: "
+            raise pytest.UsageError(f"--mine {target} is not an exercise.{hint} There are: "
                                     + ", ".join(known))
         self.target = target
         self.function = bank.BUGS[target].function if target in bank.BUGS else target
