@@ -9,11 +9,13 @@ import functools
 import json
 import pathlib
 import re
+import types
 
 import pytest
 import torch
 import torchvision.ops as ops
 
+import detr_min
 import eval as program
 from detr_min.data import coco_json, shapes
 from detr_min.run import checkpoints, config, contents, evaluate, registry
@@ -234,6 +236,27 @@ def test_every_tensor_is_used_once(case, body, tmp_path):
     again = registry.build(config.from_dict(dataclasses.asdict(cfg)))
     again.load_state_dict(detector.state_dict())                    # the config alone rebuilds it
     assert torch.equal(again.eval()(*padded_batch()).o_decoder[-1].boxes, answer[-1].boxes)
+
+
+def test_the_way_back_of_the_page_gives_the_same_tensors(tmp_path, monkeypatch):
+    """docs/release.md writes a model of ours in the release's layout; loaded again, it is equal."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "release.md").read_text()
+    [code] = re.findall("```python\n(.*?)```", page, re.S)
+    ours = registry.build(config.preset(
+        "release", num_queries=N, num_classes=7, d_model=D, d_ffn=FFN, encoder_layers=LAYERS,
+        decoder_layers=LAYERS))
+    monkeypatch.setattr(detr_min, "load", lambda run: types.SimpleNamespace(model=ours))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    again = checkpoints.load_model(tmp_path / "theirs.pth")
+    assert (again.config.model, again.config.dn_number) == ("dac_release", 100)
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    theirs = torch.load(tmp_path / "theirs.pth")["model"]       # as DistributedDataParallel has it
+    torch.save({f"module.{name}": tensor for name, tensor in theirs.items()}, tmp_path / "ddp.pth")
+    ddp = checkpoints.load_model(tmp_path / "ddp.pth").state_dict()
+    assert all(torch.equal(tensor, ddp[name]) for name, tensor in ours.state_dict().items())
 
 
 PLACES = {                              # by hand: theirs, ours; same shapes that could be swapped
