@@ -1,9 +1,10 @@
 """Exercise 11: get a function with a bug in it.
 
-    python exercises/bug.py 1           # writes exercises/bug_1.py; in FOLDER: bug.py 1 FOLDER
+    python exercises/bug.py 1           # writes exercises/bug_1.py
     pytest --mine bug_1                 # red; fix the file until it is green
+    python exercises/bug.py 1 FOLDER    # elsewhere; graded with --folder=FOLDER
 
-One line is wrong. Shapes are right, nothing crashes, and a detector trains with it, only worse.
+One line is wrong. Shapes are right, nothing crashes, and a detector trains with it, mostly worse.
 Bugs 2 to 5 and 7 hold our solutions of exercises 5, 6, 7 and 9: do those first.
 """
 import pathlib

@@ -5,11 +5,11 @@
 
 submissions/ holds a folder for each student, named as the student is to be called in the csv. The
 files lie in it as in exercises/: submissions/ada/matcher.py. Without --mine, all functions of
-exercises 1 to 10 are graded, by the number of their tests that they pass; there is no training.
+exercises 1 to 10 are graded, by how many of their tests pass; there is no training.
 
-The csv gets a row for each student and exercise as soon as it is graded. Rows that it has already
-stay, and what they grade is not graded again: after Ctrl-C or a crash, give the same command. Who
-hands in again needs --again NAME. Needs Linux. To see all of a failure:
+The csv gets a row for each student and exercise as soon as it is graded. Existing rows are kept and
+not graded again: after Ctrl-C or a crash, give the same command. Use --again NAME for a student who
+hands in again. Needs Linux. To see all of a failure:
 
     pytest --mine matcher.match_quality --folder=submissions/ada --apart
 """
@@ -77,7 +77,7 @@ def parse(words):
     add("--again", action="append", default=[], metavar="NAME", help="a student to grade anew")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="hand-ins at the same time")
     add("--seconds", type=float, default=180, metavar="S", help="for one function of one student")
-    add("--memory", type=int, default=apart.MEMORY_MB, metavar="MB", help="of it, beside torch")
+    add("--memory", type=int, default=apart.MEMORY_MB, metavar="MB", help="of it, besides torch's")
     options = parser.parse_args(words)
     known = [*catalogue.EXERCISES, *bank.BUGS]
     for target in options.mine:

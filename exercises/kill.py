@@ -7,7 +7,7 @@
 The tests first have to pass on the function as it is. Then they run once for each mutant, which is
 the function with one line replaced by a plausible wrong one, and have to fail. Exit status 0 only
 when every mutant is killed. A test that takes more than a minute has failed. This is a self-check:
-exercises/README.md says what it does not prevent.
+exercises/lecturers.md says what it does not prevent.
 """
 import contextlib
 import io

@@ -1,11 +1,11 @@
-"""Turn the tests that grade.py counted into points of the problem set.
+"""Turn grade.py's counts of tests into points of the problem set.
 
     python exercises/marks.py week_1.csv week_2.csv > marks.csv
 
-A function of week 1 counts as the first file has it, one of week 2 as the second; of a single file
-all functions count. Each has an equal share of its problem's points and earns the fraction of its
-tests that pass, or nothing below half. A bug is 2 points once all pass. Written answers come on
-top.
+Functions of week 1 count from the first file, those of week 2 from the second; with one file all
+count from it. Each has an equal share of its problem's points and earns the fraction of its tests
+that pass, or nothing below half. A bug is 2 points once all pass. Points for written answers are
+added by hand.
 """
 import csv
 import pathlib
@@ -41,7 +41,7 @@ def table(files, text):
     weeks = problems(text)
     most = {name: sum(shares.values()) for _, name, shares in weeks}
     rows = [["student", *(f"{name} (of {of:g})" for name, of in most.items()),
-             f"sum (of {sum(most.values()):g})"]]
+             f"sum (of {sum(most.values()) - most['Bonus']:g} and the bonus)"]]
     graded = []
     for file in files:
         with open(file, newline="", encoding="utf-8") as stream:
@@ -53,7 +53,7 @@ def table(files, text):
             of_week = graded[min(week, len(graded)) - 1]
             marks.append(sum(earned(of_week[student, name], points)
                              for name, points in shares.items() if (student, name) in of_week))
-        rows.append([student, *(f"{mark:.1f}" for mark in marks), f"{sum(marks):.1f}"])
+        rows.append([student, *(f"{mark:.2f}" for mark in marks), f"{sum(marks):.2f}"])
     return rows
 
 

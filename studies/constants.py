@@ -2,9 +2,9 @@
 
     python -m studies.constants matcher.one_to_many.k=1 --preset shapes
 
-A constant is the default of a function's argument: detr_min's module, the function, the argument.
-Several stand one behind the other. No checkpoint holds them: a resumed run needs them again. They
-reach only what the model calls: --model dac_release has a one-to-many rule of its own.
+Name a constant as module.function.argument; the argument must have a number as its default. Give
+several, separated by spaces, before the flags of train.py. They are not saved: give them again with
+--resume. They reach only what the model calls: dac_release has a one-to-many rule of its own.
 """
 import inspect
 import pkgutil

@@ -556,7 +556,7 @@ def test_each_exercise_has_its_paper_its_goal_its_grading_and_one_hint():
 
 
 def test_numbers_files_and_flags_of_the_readme_are_true():
-    assert f"There are {len(bank.BUGS)}:" in SECTIONS[11]
+    assert f"There are {len(bank.BUGS)}, among them:" in SECTIONS[11]
     assert f"| 11 | `bug_1` to `bug_{len(bank.BUGS)}` |" in README
     many = sum(mutant.function == "matcher.one_to_many" for mutant in bank.MUTANTS)
     assert f"each of {many} versions" in " ".join(SECTIONS[12].split())
@@ -599,13 +599,13 @@ bob,bug_6,3,4,1,
 """)
     names = ["student", "Problem 2 (of 6)", "Problem 3 (of 10)", "Problem 5 (of 12)",
              "Problem 6 (of 8)", "Bonus (of 10)", "Problem 7 (of 8)", "Problem 8 (of 8)",
-             "Problem 10 (of 8)", "Problem 11 (of 4)", "sum (of 74)"]
+             "Problem 10 (of 8)", "Problem 11 (of 4)", "sum (of 64 and the bonus)"]
     header, ada, bob = marks.table([late], PROBLEMS)
     assert header == names
-    assert ada == ["ada", "2.2", *["0.0"] * 4, "2.0", *["0.0"] * 3, "4.2"]
-    assert bob == ["bob", *["0.0"] * 8, "2.0", "2.0"]
-    assert marks.table([empty, late], PROBLEMS)[1] == ["ada", *["0.0"] * 5, "2.0", *["0.0"] * 3,
-                                                       "2.0"]
+    assert ada == ["ada", "2.25", *["0.00"] * 4, "2.00", *["0.00"] * 3, "4.25"]
+    assert bob == ["bob", *["0.00"] * 8, "2.00", "2.00"]
+    assert marks.table([empty, late], PROBLEMS)[1] == [
+        "ada", *["0.00"] * 5, "2.00", *["0.00"] * 3, "2.00"]
     functions = {name.split(".")[-1] for name in catalogue.EXERCISES} | {"bug_1", "bug_6"}
     assert {name for *_, shares in marks.problems(PROBLEMS) for name in shares} <= functions
 

@@ -142,6 +142,14 @@ def test_gradient_table(s, at_5, at_7, at_9, negative):
     assert_close(z.grad.item(), negative, atol={.01: 5e-8, .1: 5e-5}.get(s, 5e-4), rtol=0)
 
 
+def test_a_negative_has_focal_loss_without_its_alpha():
+    """docs/differences.md 21: with weights 8 and 2, negatives weigh 8 / (2 * .75) times as much."""
+    z = torch.linspace(-6, 6, 13, dtype=torch.float64)
+    ours = torch.stack([tal_loss.tal_loss(one[None, None], f64(0.)[None]) for one in z])
+    focal = ops.sigmoid_focal_loss(z, torch.zeros_like(z), alpha=.25, gamma=2.0)
+    assert_close(8 * ours, 8 / (2 * .75) * 2 * focal)
+
+
 @pytest.mark.parametrize("u", [.1, .3, .5, .9])
 def test_stationary_exactly_where_the_score_equals_the_iou(u):
     """[SD Eq. 6-7]  t = s there, and every term has a factor t - s."""
