@@ -40,11 +40,12 @@ def check(data, path):
     fault = lists_fault(data)
     if not fault:
         data["categories"] = without_groups(data)
+        for image in data["images"]:
+            if isinstance(image.get("file_name"), str):                     # written on Windows
+                image["file_name"] = image["file_name"].replace("\\", "/")
         fault = twice_fault(data) or fields_fault(data) or annotations_fault(data)
     if fault:
         raise DataError(f"{path}: {fault}")
-    for image in data["images"]:
-        image["file_name"] = image["file_name"].replace("\\", "/")          # written on Windows
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     outside = sum(x + w > width + 1 or y + h > height + 1 or min(w, h) < 0
                   or max(x, y, w, h) <= 1 < max(width, height) for a in data["annotations"]
@@ -108,7 +109,7 @@ def fields_fault(data):
                 return (f"one of {name} has the {key} {SHORT.repr(value)}, which holds half a "
                         "character: written in another encoding?")
     for entry in data["images"]:
-        name = entry["file_name"].replace("\\", "/")
+        name = entry["file_name"]
         inside = posixpath.normpath(f"pictures/{name}")             # as seen from the root
         if not name or name[0] == "/" or ":" in name.split("/")[0] or inside.startswith(".."):
             return (f"image {entry['id']} has the file_name {SHORT.repr(entry['file_name'])}, which"
