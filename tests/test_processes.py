@@ -30,6 +30,15 @@ def test_device():
             processes.device(f"{kind}:1")
 
 
+def test_a_device_beyond_the_last_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes.device("cuda:1") == torch.device("cuda", 1)
+    for name in ("cuda:2", "cuda:x", "cuda:", "cpu:1"):
+        with pytest.raises(ValueError, match=f"device {name} is not available here: .*cuda, .*; c"):
+            processes.device(name)
+
+
 def one_process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     cpu = torch.device("cpu")

@@ -43,9 +43,11 @@ def device(name):
     here = [kind for kind, place in (("cuda", torch.cuda), ("mps", torch.backends.mps),
                                      ("cpu", torch.cpu)) if place.is_available()]
     name = here[0] if name == "auto" else str(name)
-    if name.split(":")[0] not in here:
+    kind, colon, number = name.partition(":")
+    numbers = range(torch.cuda.device_count() if kind == "cuda" else 1)
+    if kind not in here or colon and number not in map(str, numbers):
         raise ValueError(f"device {name} is not available here: this computer has "
-                         f"{', '.join(here)}")
+                         f"{', '.join(here)}" + f"; {kind}: {len(numbers)}" * (kind in here))
     if name == "cuda" and world() > 1:
         name = f"cuda:{dist.get_node_local_rank()}"
         torch.cuda.set_device(name)
