@@ -74,7 +74,7 @@ class Config:
     """What a person sets, one flag a field. A preset fills in whatever is not given."""
     preset: str = flag("shapes", "a named set of values; --coco alone means coco")
     model: str = flag("dac", "the decoder", OneOf(registry.names(registry.DECODERS)))
-    loss: str = flag("focal", "the loss of class scores", OneOf(registry.LOSSES))
+    loss: str = flag("focal", "of class scores; align weighs boxes too", OneOf(registry.LOSSES))
     queries: str = flag("two_stage", "where queries come from",
                         OneOf(registry.names(registry.QUERIES)))
     backbone: str = flag("convnet", "resnet50 starts from ImageNet's weights",
