@@ -106,7 +106,7 @@ def test_help_prints_every_flag_with_its_text_and_what_it_accepts(capsys):
     words = " ".join(capsys.readouterr().out.split())
     for field in config.FLAGS:
         assert f"--{field.name} " in words and field.metadata["help"] in words, field.name
-    assert "the loss of class scores (one of focal, tal, align)" in words
+    assert "of class scores; align weighs boxes too (one of focal, tal, align)" in words
     assert "AdamW's learning rate, for this batch (a number from" in words
 
 
