@@ -93,16 +93,6 @@ def parse(words):
     return options
 
 
-def inside(folder):
-    """Where a hand-in's files are: `mine` was often handed in as a folder in a folder."""
-    while not list(folder.glob("*.py")):
-        within = [f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._"]
-        if len(within) != 1:
-            break
-        folder = within[0]
-    return folder
-
-
 def rows_of(file, is_kept):
     """The rows of a csv, which is made if it is not there; a last row that was cut off is removed,
     and so are those that are not kept."""
@@ -138,7 +128,7 @@ def main(words):
     rows = rows_of(options.csv, lambda row: row["student"] not in options.again
                    or row["exercise"] not in options.mine)
     done = {(row["student"], row["exercise"]) for row in rows}
-    todo = [(folder.name, inside(folder.resolve()), target) for folder in students
+    todo = [(folder.name, folder.resolve(), target) for folder in students
             for target in options.mine if (folder.name, target) not in done]
     print(f"students: {len(students)}; functions to grade: {len(todo)}; rows that {options.csv} "
           f"has already: {len(rows)}")

@@ -44,8 +44,7 @@ if __name__ == "__main__":
             put(words[-1])
         try:
             train.main()
-        except SystemExit as stop:
-            if words and stop.code in (0, 130) and not {"-h", "--help"} & {*sys.argv}:
-                print(f"With the same constants: python -m studies.constants {' '.join(words)} "
-                      "--resume, and the folder")
-            raise
+        finally:
+            if words:
+                print(f"with {' '.join(words)}, which is not saved: to go on, give it again before "
+                      "--resume, to python -m studies.constants")

@@ -49,7 +49,7 @@ decoder.box_head.4                      bbox_embed.layers.2
 
 def recognises(content):
     """Whether a file's content is, or holds as "model", a state dict of Conditional DETR."""
-    return any(".ca_qcontent_proj." in str(key) for key in published.state_of(content))
+    return any(".ca_qcontent_proj." in key for key in published.state_of(content))
 
 
 def settings_of(theirs, args, dc5):

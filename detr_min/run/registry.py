@@ -75,9 +75,14 @@ def build(cfg):
     return {"deformable": build_deformable, "conditional": build_conditional}[cfg.recipe.base](cfg)
 
 
+def reads_padding(body):
+    """Whether a backbone runs on the padded batch, as published ones do, or on each image alone."""
+    return getattr(body, "reads_padding", False)
+
+
 def on_batch(body):
-    """Find how a backbone runs on a padded batch: on each image alone, published ones on all."""
-    return backbone.padded_batch if hasattr(body, "reads_padding") else backbone.per_image
+    """The function of backbone.py by which a backbone runs on a batch."""
+    return backbone.padded_batch if reads_padding(body) else backbone.per_image
 
 
 def build_deformable(cfg):
@@ -88,7 +93,7 @@ def build_deformable(cfg):
     decoder = DECODERS["deformable"][cfg.model](r.decoder_layers, *sizes, r.num_classes)
     queries = QUERIES["deformable"][cfg.queries](r.num_queries, r.d_model, r.num_classes,
                                                  getattr(decoder, "num_sets", 1))
-    if hasattr(body, "reads_padding") and hasattr(queries, "mini_detector"):
+    if reads_padding(body) and hasattr(queries, "mini_detector"):
         deformable.propose_padding(queries.mini_detector)
     parts = (body, backbone.Projections(body.channels, r.d_model, r.num_levels),
              encoder.Encoder(r.encoder_layers, *sizes), queries, decoder, on_batch(body))

@@ -53,6 +53,16 @@ def shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
+def inside(folder):
+    """Where a hand-in's files are: `mine` is often handed in as a folder in a folder."""
+    while folder.is_dir() and not list(folder.glob("*.py")):
+        within = [f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._"]
+        if len(within) != 1:
+            break
+        folder = within[0]
+    return folder
+
+
 def text_of(path):
     """What a student's file holds.
 

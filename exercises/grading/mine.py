@@ -55,7 +55,7 @@ class Work:
         self.exercise = catalogue.GRADED[self.function]
         self.number = 11 if target in bank.BUGS else self.exercise.number
         name = target if target in bank.BUGS else target.split(".")[0]
-        self.path = pathlib.Path(folder).resolve() / f"{name}.py"
+        self.path = handin.inside(pathlib.Path(folder).resolve()) / f"{name}.py"
         self.passed, self.failed, self.calls = [], [], []
         self.is_stub = self.is_late = False
         self.undo = self.stop = lambda: None
